@@ -1,0 +1,423 @@
+"""Train a GPT under one of the objectives.
+
+    python train.py --objective fim_spm                  a toy on the standard library's source: 5 minutes on 2 CPU cores
+    python train.py --objective fim --preset laptop      larger and longer: 30 minutes
+    python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
+    python train.py --out out/fim_spm --resume           goes on where a run stopped
+
+Reads from top to bottom: settings, presets, the loop, what it reports, checkpoints, the command line.
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Batches, prepare, single_line_holes
+from model import GPT, GPTConfig
+from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
+from sample import ENDINGS, Parser, infill, load_checkpoint, one_line_errors, pick_device
+
+
+def setting(default, help, choices=None, low=None, high=math.inf):
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+@dataclass
+class Config:
+    """Every setting is a flag: batch_size is --batch-size. The defaults are the toy's; PRESETS change some of them.
+
+    Raises ValueError, naming the flag, where a value is out of range."""
+    objective: str = setting("ntp", "what to predict", tuple(OBJECTIVES))
+    preset: str = setting("toy", "model, budget and learning rate in one; single flags override it")
+    data: str = setting("stdlib", "stdlib, prose, site-packages, or a file, folder or glob of text or .jsonl[.gz]")
+    tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)", ("bpe", "bytes", "gpt2"))
+    vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
+    fim_rate: float = setting(None, "share of pieces that become FIM examples")
+    spm_rate: float = setting(None, "share of FIM examples in SPM order")
+    spm_layout: str = setting(None, "where SPM puts its sentinels: swapped, labelled or joint")
+    span: str = setting(None, "where FIM may cut: char, token or line")
+    mask_ratio: float = setting(None, "share of inputs that MEAP masks")
+    min_piece: int = setting(None, "fewest tokens of text in a FIM example")
+    max_piece: int = setting(None, "most tokens of text in a FIM example, 0 for up to a whole document")
+    middle: str = setting(None, "how the middle is cut")
+    fim_level: str = setting("context", "FIM inside the window, or on whole documents before", ("context", "document"))
+    n_layer: int = setting(4, "blocks", low=1)
+    n_head: int = setting(3, "attention heads", low=1)
+    n_embd: int = setting(192, "width", low=1)
+    block_size: int = setting(256, "context, in tokens", low=8)
+    dropout: float = setting(0.0, "share of activations dropped in training", low=0, high=0.99)
+    position: str = setting("rope", "rotary or learned positions", ("rope", "learned"))
+    qk_norm: bool = setting(True, "normalise queries and keys")
+    tied: bool = setting(True, "output layer shares the token embedding")
+    bias: bool = setting(False, "biases in linear layers and norms")
+    attention: str = setting("auto", "manual (spelled out, the faster on CPU), fused, or auto: fused on a GPU",
+                             ("auto", "manual", "fused"))
+    batch_size: int = setting(16, "rows in a batch", low=1)
+    grad_accum: int = setting(1, "batches in a step", low=1)
+    steps: int = setting(800, "optimiser steps", low=1)
+    optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
+    lr: float = setting(0.01, "peak learning rate", low=1e-12)
+    warmup: int = setting(20, "steps of linear warm-up", low=0)
+    final_lr: float = setting(0.0, "share of the peak at which the linear decay ends", low=0, high=1)
+    weight_decay: float = setting(0.1, "decay of matrices", low=0)
+    beta1: float = setting(0.9, "AdamW's first moment", low=0, high=0.9999)
+    beta2: float = setting(0.95, "AdamW's second moment", low=0, high=0.9999)
+    clip: float = setting(1.0, "largest norm of the gradient, 0 for any", low=0)
+    seed: int = setting(1, "decides weights, order of the data, cuts and masks", low=0, high=2**31)
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    dtype: str = setting("auto", "arithmetic: auto is bf16 where the hardware has it", ("auto", "fp32", "bf16"))
+    compile: bool = setting(False, "torch.compile the model")
+    out: str = setting("", "folder of the run (default: out/OBJECTIVE, with a number where that is taken)")
+    cache_dir: str = setting("cache", "folder of tokenised corpora")
+    eval_every: int = setting(200, "steps between evaluations", low=1)
+    eval_tokens: int = setting(65536, "held-out tokens in an evaluation; the last takes four times as many", low=1)
+    save_every: int = setting(200, "steps between checkpoints", low=1)
+
+    def __post_init__(self):
+        check_choice("--preset", self.preset, PRESETS)
+        for f in fields(self):
+            flag, value = flag_of(f.name), getattr(self, f.name)
+            if f.metadata["choices"]:
+                check_choice(flag, value, f.metadata["choices"])
+            if f.metadata["low"] is not None:
+                check_range(flag, value, f.metadata["low"], f.metadata["high"])
+
+    def make_objective(self):
+        """The preset of that name, with the fields that were given as flags."""
+        given = {f.name: getattr(self, f.name) for f in fields(Objective) if getattr(self, f.name) is not None}
+        return replace(OBJECTIVES[self.objective], **given)
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def paper(n_layer, n_embd, n_head, lr, batch, params):
+    """A size of the FIM paper (table 1: shape, learning rate, tokens in a batch, context 2048). It trained each on
+    100 B tokens; the budget here is 20 tokens a parameter (Hoffmann et al., 2022)."""
+    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True, "tied": False,
+            "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr, "batch_size": 8, "grad_accum": batch // (8 * 2048),
+            "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1, "eval_every": 500, "save_every": 500}
+
+
+PRESETS = {
+    "toy": {},
+    "laptop": {},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
+             "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3,
+             "warmup": 200, "final_lr": 0.1},
+    "xxs": paper(6, 384, 6, 1.6e-3, 2**19, 50_000_000),
+    "xs": paper(8, 512, 8, 1.4e-3, 2**19, 77_000_000),
+    "small": paper(12, 768, 12, 6e-4, 2**19, 164_000_000),
+    "medium": paper(24, 1024, 16, 3e-4, 2**19, 411_000_000),
+    "large": paper(24, 1536, 16, 2.5e-4, 2**19, 844_000_000),
+    "xl": paper(24, 2048, 16, 4e-4, 2**20, 1_400_000_000),
+    "2.8b": paper(32, 2560, 32, 3.2e-4, 2**20, 2_800_000_000),
+    "6.9b": paper(32, 4096, 32, 2.4e-4, 2**21, 6_900_000_000),
+}
+# What --resume may change; everything else decides the weights.
+FREE = {"device", "out", "cache_dir", "eval_every", "eval_tokens", "save_every", "compile"}
+
+
+def train(config, checkpoint=None):
+    """Runs the training that config describes, from a checkpoint if there is one. Returns the last evaluation, a dict."""
+    device = pick_device(config.device)
+    tok, stream, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir)
+    if checkpoint and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(stream)):
+        raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
+                      "or start anew with another --out")
+    objective = config.make_objective()
+    batches = Batches(stream, objective, tok, config.block_size, config.batch_size, config.seed, fim_level=config.fim_level)
+    torch.manual_seed(config.seed)
+    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name not in ("vocab_size", "attention")}
+    attention = config.attention
+    if attention == "auto":
+        attention = "fused" if device.type == "cuda" else "manual"
+    model = GPT(GPTConfig(tok.n_vocab, attention=attention, **shape)).to(device)
+    optimizers = make_optimizers(model, config)
+    first = 0
+    if checkpoint:
+        first = checkpoint["step"]
+        model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    forward = torch.compile(model) if config.compile else model
+    describe(config, model, tok, stream, held_out, objective, device, bf16, first)
+
+    def load(step):
+        """The micro-batches of a step, as tensors on the device."""
+        pairs = [batches.batch(step * config.grad_accum + i) for i in range(config.grad_accum)]
+        tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
+        if device.type != "cuda":
+            return [[ids.to(device) for ids in pair] for pair in tensors]
+        return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
+
+    model.train()
+    metrics, report, stopping = Metrics(out / "metrics.jsonl", first), {}, Interrupt()
+    bytes_per_token = tok.n_bytes[stream[:2**20]].mean()
+    tokens_per_step = config.batch_size * config.grad_accum * config.block_size
+    log_every = max(1, min(20, config.steps // 20))
+    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True) as bar, \
+            ThreadPoolExecutor(1) as prefetch, stopping:
+        waiting = prefetch.submit(load, first)
+        logged, started = first, time.perf_counter()
+        for step in range(first, config.steps):
+            micro_batches = waiting.result()
+            waiting = prefetch.submit(load, step + 1)
+            torch.manual_seed(config.seed * 2**32 + step)  # dropout, too, depends on (seed, step) alone
+            total = 0.0
+            for inputs, targets in micro_batches:
+                with autocast:
+                    _, loss = forward(inputs, targets)
+                (loss / config.grad_accum).backward()
+                total = total + loss.detach() / config.grad_accum
+            if config.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, config)
+                optimizer.step()
+                optimizer.zero_grad()
+            done = step + 1
+            bar.update()
+            last = done == config.steps or stopping.asked
+            if done % log_every and done % config.eval_every and done % config.save_every and not last:
+                continue
+
+            loss = total.item()
+            if not math.isfinite(loss):
+                raise OSError(f"the loss is {loss} at step {done}: {out}/ckpt.pt keeps the last good state; "
+                              f"a lower --lr than {config.lr} may help")
+            now = time.perf_counter()
+            speed = (done - logged) * tokens_per_step / (now - started)
+            logged, started = done, now
+            bpb = loss / math.log(2) / bytes_per_token
+            bar.set_postfix_str(f"loss {loss:.3f}, {bpb:.3f} bits/byte, {speed:,.0f} tokens/s")
+            line = {"step": done, "tokens": done * tokens_per_step, "loss": loss, "lr": learning_rate(step, config),
+                    "tokens_per_s": round(speed)}
+            if done % config.eval_every == 0 or done == config.steps:
+                final = done == config.steps
+                report = {"held_out_bpb": bits_per_byte(model, held_out, tok, config.eval_tokens * (4 if final else 1), autocast)}
+                tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte")
+                if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=done)):
+                    tqdm.write(show_infill(model, tok, objective, *hole[0]))
+                line |= report
+                started = time.perf_counter()
+            metrics.write(line)
+            if done % config.save_every == 0 or last:
+                save_checkpoint(out / "ckpt.pt", {
+                    "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "step": done, "config": asdict(config), "model_config": asdict(model.config),
+                    "objective": asdict(objective), "tokenizer": tok.to_dict(), "stream_length": len(stream)})
+            if stopping.asked:
+                break
+    if stopping.asked and done < config.steps:
+        print(f"stopped after step {done}, saved; go on with: python train.py --out {out} --resume")
+    else:
+        print(f"done, saved in {out}; try: python sample.py --ckpt {out}")
+    return report
+
+
+def learning_rate(step, config):
+    """Linear warm-up to the peak, then linear decay to final_lr of it at the last step."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step + 1 - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (1 - (1 - config.final_lr) * progress)
+
+
+def make_optimizers(model, config):
+    """[AdamW] or [AdamW, Muon]. Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix in the blocks; its
+    update is scaled to AdamW's usual size (Liu et al., 2025), so that one learning rate serves both."""
+    hidden, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        in_block = name.startswith("transformer.h.") and config.optimizer == "muon"
+        (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
+    if not hidden:
+        return [adamw]
+    return [adamw, torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+
+
+def has_bf16(device):
+    """Whether bf16 arithmetic is native here: on CPUs with AVX512-BF16 or AMX a step takes half to two thirds the time."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+@torch.no_grad()
+def bits_per_byte(model, held_out, tok, n_tokens, autocast=nullcontext()):
+    """Bits per byte of plain left-to-right text, the figure that compares objectives and vocabularies.
+
+    The cross-entropy of up to n_tokens of the stream, in bits, over the bytes of text they stand for. Evenly spaced
+    windows of block_size, the same for every model of that context; <EOT>, which is no text, is left out."""
+    was_training = model.training
+    model.eval()
+    T = model.config.block_size
+    n = min((len(held_out) - 1) // T, max(1, n_tokens // T))
+    if n < 1:
+        return math.nan
+    device = next(model.parameters()).device
+    n_bytes = torch.from_numpy(tok.n_bytes).to(device)
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    total = 0
+    for starts in np.array_split(np.linspace(0, len(held_out) - 1 - T, n).astype(int), -(-n // 16)):
+        windows = np.stack([held_out[start:start + T + 1] for start in starts]).astype(np.int64)
+        windows = torch.from_numpy(windows).to(device)
+        inputs, targets = windows[:, :-1], windows[:, 1:]
+        is_text = n_bytes[targets] > 0
+        with autocast:
+            _, loss = model(inputs, targets.masked_fill(~is_text, IGNORE))
+        nats += loss.double() * is_text.sum()
+        total += n_bytes[targets].sum().item()
+    model.train(was_training)
+    return nats.item() / math.log(2) / total
+
+
+def show_infill(model, tok, objective, prefix, middle, suffix):
+    """One held-out hole, filled greedily, as a few lines of text."""
+    model.eval()
+    order = "spm" if objective.spm_rate > 0 else "psm"
+    best = infill(model, tok, tok.decode(prefix), tok.decode(suffix), order=order, spm_layout=objective.spm_layout)[0]
+    model.train()
+    before = "".join(tok.decode(prefix).splitlines(keepends=True)[-2:])
+    after = "".join(tok.decode(suffix).splitlines(keepends=True)[:1])
+    return (f"{before}⟦{best.text}⟧{after}"
+            f"    (between ⟦ and ⟧: the model; {ENDINGS[best.ended]}; true: {tok.decode(middle).strip()!r})")
+
+
+def describe(config, model, tok, stream, held_out, objective, device, bf16, first):
+    c = model.config
+    tokens = config.steps * config.batch_size * config.grad_accum * config.block_size
+    fim = (f"FIM on {objective.fim_rate:.0%} of pieces, {objective.spm_rate:.0%} of them SPM ({objective.spm_layout}), "
+           f"cut by {objective.span}" if objective.fim_rate else "")
+    meap = f"{objective.mask_ratio:.0%} of inputs masked" if objective.mask_ratio else ""
+    print(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "
+          f"{model.n_params() / 1e6:.2f} M parameters ({model.n_params(embedding=False) / 1e6:.2f} M without embeddings)\n"
+          f"data       {config.data}: {len(stream):,} tokens to train on, {len(held_out):,} held out, "
+          f"{config.tokenizer} vocabulary of {tok.n_vocab:,}, {tok.n_bytes[stream[:2**20]].mean():.2f} bytes a token\n"
+          f"objective  {', '.join(filter(None, (config.objective, fim, meap)))}\n"
+          f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x {config.block_size} tokens = "
+          f"{tokens / 1e6:.1f} M, {tokens / len(stream):.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
+          f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
+          + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + f"\nout        {config.out}" + (f", going on after step {first}" if first else ""))
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines after its checkpoint, and half a line."""
+
+    def __init__(self, path, first):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= first else []
+                except (ValueError, KeyError):
+                    pass
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a")
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+class Interrupt:
+    """Within it, Ctrl-C (or a plain kill) asks for a stop after the step at hand; a second Ctrl-C stops at once."""
+    asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this step ...")
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def save_checkpoint(path, checkpoint):
+    """Atomically: at any moment path is the old checkpoint or the new one, whole and on the disk."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read_arguments(arguments):
+    """The command line -> (Config, checkpoint to resume from or None)."""
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    for f in fields(Config):
+        default = f"default {f.default}" if f.default not in (None, "") else ""
+        choices = ", ".join(PRESETS if f.name == "preset" else f.metadata["choices"] or ())
+        extra = "; ".join(filter(None, (choices, default)))
+        help = f.metadata["help"] + (f" ({extra})" if extra else "")
+        if f.type is bool:
+            parser.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, help=help)
+        else:
+            parser.add_argument(flag_of(f.name), type=f.type, help=help.replace("%", "%%"), metavar=f.type.__name__.upper())
+    given = vars(parser.parse_args(arguments))
+    if given.pop("resume", False):
+        return resume(given)
+    check_choice("--preset", given.get("preset", "toy"), PRESETS)
+    config = Config(**PRESETS[given.get("preset", "toy")] | given)
+    config.make_objective()
+    if not config.out:
+        number = 1
+        while (name := Path("out", config.objective + (f"-{number}" if number > 1 else ""))).exists():
+            number += 1
+        config.out = str(name)
+    elif Path(config.out, "ckpt.pt").exists():
+        raise ValueError(f"--out {config.out} already holds a run: --resume goes on with it, another --out starts anew")
+    return config, None
+
+
+def resume(given):
+    if "out" not in given:
+        raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
+    checkpoint = load_checkpoint(given["out"])
+    saved = checkpoint["config"]
+    changed = [f"{flag_of(name)} {saved[name]} to {value}" for name, value in given.items()
+               if name not in FREE and value != saved[name]]
+    if changed:
+        raise ValueError(f"--resume goes on with the settings of {given['out']}, but these changed: {', '.join(changed)}; "
+                         "leave them out, or start anew with another --out")
+    config = Config(**saved | given)
+    if checkpoint["step"] >= config.steps:
+        raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; nothing is left to do")
+    return config, checkpoint
+
+
+@one_line_errors
+def main(arguments=None):
+    train(*read_arguments(arguments))
+
+
+if __name__ == "__main__":
+    main()
