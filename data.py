@@ -28,7 +28,7 @@ import tempfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from objectives import check_choice, check_range, fim_documents
 SPECIALS = ("pre", "suf", "mid", "eot", "mask")
 HELD_OUT = 0.05
 SKIP_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-# Standard library modules whose doctests evaluate.py runs: always held out, never trained on.
+# Standard library modules whose doctests evaluate.py runs: no part of stdlib or prose, so never trained on.
 EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress", "statistics",
                       "textwrap")
 
@@ -193,7 +193,9 @@ def source_files(source):
     Raises OSError where there are none."""
     paths = sysconfig.get_paths()
     if source in ("stdlib", "prose"):
-        return _python_files(Path(paths["stdlib"]), SKIP_FOLDERS)
+        root = Path(paths["stdlib"])
+        kept_out = {root / f"{name}.py" for name in EVALUATION_MODULES}
+        return [f for f in _python_files(root, SKIP_FOLDERS) if f not in kept_out]
     if source == "site-packages":
         roots = sorted({Path(paths["purelib"]), Path(paths["platlib"])})
         return [f for root in roots for f in _python_files(root, {"__pycache__"})]
@@ -220,14 +222,14 @@ def _python_files(root, skip):
                   and not skip.intersection(Path(folder).relative_to(root).parts))
 
 
-def iter_documents(source, files=None):
+def iter_documents(source, files=None, desc="reading"):
     """Yields the documents (str, never empty) of a source.
 
     A file that was named itself must be UTF-8 text, else ValueError; among many files those that are not are skipped,
-    and counted aloud. A .jsonl gives one document a line, from its "text" or "content"."""
+    and counted aloud (once: a later pass over the same files has another desc, the label of its progress bar). A .jsonl gives one document a line, from its "text" or "content"."""
     files = files or source_files(source)
     skipped = []
-    for path in tqdm(files, desc=f"reading {source}", unit="file", leave=False, disable=len(files) < 2):
+    for path in tqdm(files, desc=desc, unit="file", leave=False, disable=len(files) < 2):
         try:
             if not path.is_file():
                 raise ValueError(f"--data {path}: not a regular file")
@@ -251,7 +253,7 @@ def iter_documents(source, files=None):
             skipped.append(f"{path}: no permission to read it")
     if skipped and len(files) == 1:
         raise ValueError(f"--data {skipped[0].removeprefix('--data ')}")
-    if skipped:
+    if skipped and desc == "reading":
         tqdm.write(f"skipped {len(skipped)} of {len(files)} files that are not readable UTF-8 text, first {skipped[0]}")
 
 
@@ -261,7 +263,7 @@ def _jsonl_documents(path, lines):
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"--data {path}: line {number} is not JSON ({error})") from None
         text = record.get("text", record.get("content")) if isinstance(record, dict) else None
         if not isinstance(text, str):
@@ -288,29 +290,21 @@ def load_documents(source):
     return list(iter_documents(source))
 
 
-@cache
-def _evaluation_texts():
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (root / f"{name}.py" for name in EVALUATION_MODULES)
-    return {f.read_text(encoding="utf-8-sig") for f in files if f.exists()}
-
-
 def is_held_out(text):
-    """True for 5% of documents, by a hash of the text, and for the modules that evaluate.py runs."""
-    draw = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-    return draw < HELD_OUT * 2**64 or text in _evaluation_texts()
+    """True for 5% of documents, by a hash of the text."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < HELD_OUT * 2**64
 
 
 def _split(documents, held_out):
     """Yields (text, is it held out). Where the hashes put every document on one side, as they do with a single book,
-    the last 5% of each document is held out instead, from a line's start."""
+    the last 5% of each document is held out instead, from a line's start if there is one near."""
     mixed = len(set(held_out)) == 2
     for text, held in zip(documents, held_out):
         if mixed:
             yield text, held
         else:
             end = int(len(text) * (1 - HELD_OUT))
-            end = text.rfind("\n", 0, end) + 1 or end
+            end = text.rfind("\n", end * 9 // 10, end) + 1 or end
             yield text[:end], False
             yield text[end:], True
 
@@ -335,7 +329,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
             with open(path, "rb") as f:
                 while block := f.read(1 << 20):
                     digest.update(block)
-        digest.update(b"\0file")
+        digest.update(repr(path.suffixes).encode())  # a .txt is read in another way than a .jsonl
     folder = Path(cache_dir, digest.hexdigest()[:16])
     try:
         return _load_streams(folder)
@@ -345,19 +339,18 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
     if not held_out:
         raise ValueError(f"--data {source}: no text in it")
 
-    def parts():
-        return (part for part in _split(iter_documents(source, files), held_out) if part[0])
+    def parts(desc):
+        return (part for part in _split(iter_documents(source, files, desc), held_out) if part[0])
 
     if tok is None:
-        makers = {"bpe": lambda: Tokenizer.train((text for text, held in parts() if not held), vocab_size),
+        makers = {"bpe": lambda: Tokenizer.train((text for text, held in parts("counting words") if not held), vocab_size),
                   "bytes": Tokenizer.bytes, "gpt2": Tokenizer.gpt2}
         check_choice("--tokenizer", tokenizer, makers)
         tok = makers[tokenizer]()
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache_dir))
     try:
-        _write_streams(temporary, tok, tqdm(parts(), desc="encoding", unit="document", leave=False,
-                                            total=len(held_out)))
+        _write_streams(temporary, tok, parts("encoding"))
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.replace(temporary, folder)
     finally:
@@ -386,12 +379,15 @@ def _write_streams(folder, tok, parts):
                 waiting[held] = []
         for held, texts in waiting.items():
             write(texts, *sides[held])
-    (folder / "meta.json").write_text(json.dumps(meta))
+    meta = json.dumps(meta)
+    (folder / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
 
 
 def _load_streams(folder):
-    meta = json.loads((folder / "meta.json").read_text())
-    streams = []
+    checksum, meta = (folder / "meta.json").read_text().split("\n")
+    if zlib.crc32(meta.encode()) != int(checksum):
+        raise ValueError(f"{folder / 'meta.json'} is damaged")
+    meta, streams = json.loads(meta), []
     for name in ("train", "held_out"):
         length, checksum = meta[name]
         if length == 0:
@@ -419,7 +415,7 @@ def single_line_holes(stream, tok, n, seed, n_prefix=120, n_suffix=80, n_middle=
         if len(holes) == n or not len(ends):
             break
         document = rng.integers(len(ends))
-        lines = tok.decode(stream[starts[document]:ends[document]].tolist()).splitlines(keepends=True)
+        lines = split_lines(tok.decode(stream[starts[document]:ends[document]].tolist()))
         line = rng.integers(max(1, len(lines)))
         if not lines or not lines[line].strip():
             continue
@@ -429,6 +425,11 @@ def single_line_holes(stream, tok, n, seed, n_prefix=120, n_suffix=80, n_middle=
         if len(prefix) >= n_prefix and len(suffix) >= n_suffix and len(middle) <= n_middle:
             holes.append((prefix[-n_prefix:], middle, suffix[:n_suffix]))
     return holes
+
+
+def split_lines(text):
+    """Lines with their line ends. (str.splitlines would cut at form feeds and other signs, too.)"""
+    return [line for line in re.split(r"(?<=\n)", text) if line]
 
 
 class Batches:

@@ -13,7 +13,7 @@
 Each is a point in one space, Objective(fim_rate, spm_rate, spm_layout, span, mask_ratio), and Objective.row turns a
 window of the token stream into a training row. `python objectives.py` draws one text under every objective.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,8 @@ IGNORE = -1  # a target that costs nothing: torch's cross_entropy gets it as ign
 
 ORDERS = ("psm", "spm")
 SPM_LAYOUTS = ("swapped", "labelled", "joint")
-SPANS = ("char", "token", "line")
+SPANS = ("char", "token", "line", "mixed")
+MIDDLES = ("uniform", "log_uniform")
 
 
 def check_range(name, value, low, high):
@@ -38,11 +39,12 @@ def check_choice(name, value, choices):
 class Objective:
     """A training objective. Raises ValueError where a field is out of its range.
 
-    fim_rate     the share of pieces that become FIM examples, 0 to 1
-    spm_rate     of those, the share in SPM order; the rest are PSM
+    fim_rate     the share of windows whose pieces become FIM examples, 0 to 1; the others stay plain text
+    spm_rate     the share of FIM examples in SPM order; the rest are PSM
     spm_layout   swapped, labelled or joint: see the top of this file
-    span         where FIM may cut: char, token or line (the FIM paper, section 4.4)
+    span         where FIM may cut: char, token or line (the FIM paper, section 4.4), or mixed: char or line, half each
     mask_ratio   the share of the row's inputs that become <MASK>, 0 to 1
+    middle       how long the middle is: uniform (the paper's two uniform cuts) or log_uniform (mostly short)
     min_piece, max_piece   how many tokens of text a FIM example is made from, drawn log-uniformly between the two
                  (max_piece 0: up to the whole document). Short pieces teach when to stop, long ones long context.
     """
@@ -51,15 +53,16 @@ class Objective:
     spm_layout: str = "swapped"
     span: str = "char"
     mask_ratio: float = 0.0
+    middle: str = "uniform"
     min_piece: int = 32
     max_piece: int = 0
-    middle: str = "uniform"
 
     def __post_init__(self):
         for name in ("fim_rate", "spm_rate", "mask_ratio"):
             check_range(name, getattr(self, name), 0, 1)
         check_choice("spm_layout", self.spm_layout, SPM_LAYOUTS)
         check_choice("span", self.span, SPANS)
+        check_choice("middle", self.middle, MIDDLES)
         check_range("min_piece", self.min_piece, 8, 10**9)
         if self.max_piece:
             check_range("max_piece", self.max_piece, self.min_piece, 10**9)
@@ -68,20 +71,23 @@ class Objective:
         """window (T+1,) of ids -> inputs (T,), targets (T,): FIM reorders the text, MEAP hides inputs, targets stay true.
 
         Loss is on every token of a FIM example, <EOT> included: it is how a model says that it has joined the suffix."""
-        ids = fim_window(window, self, tok, rng) if self.fim_rate else window
+        ids = fim_window(np.asarray(window), self, tok, rng) if self.fim_rate else np.asarray(window)
         inputs, targets = ids[:-1], ids[1:]
         if self.mask_ratio:
             inputs = mask_inputs(inputs, self.mask_ratio, tok, rng)
         return inputs, targets
 
 
+# The paper cuts by char, uniformly, whole documents or windows. A small model learns where to stop from many short holes,
+# half of them whole lines: README shows by how much.
+FIM = Objective(fim_rate=0.5, span="mixed", middle="log_uniform", min_piece=16, max_piece=96)
 OBJECTIVES = {
     "ntp": Objective(),
     "meap": Objective(mask_ratio=0.15),
-    "fim_psm": Objective(fim_rate=0.5, spm_rate=0.0),
-    "fim_spm": Objective(fim_rate=0.5, spm_rate=1.0),
-    "fim": Objective(fim_rate=0.5, spm_rate=0.5),
-    "fim_meap": Objective(fim_rate=0.5, spm_rate=0.5, mask_ratio=0.15),
+    "fim_psm": replace(FIM, spm_rate=0.0),
+    "fim_spm": replace(FIM, spm_rate=1.0),
+    "fim": replace(FIM, spm_rate=0.5),
+    "fim_meap": replace(FIM, spm_rate=0.5, mask_ratio=0.15),
 }
 
 
@@ -114,39 +120,39 @@ def fim_example(prefix, middle, suffix, tok, order="psm", spm_layout="swapped"):
     return [*fim_prompt(prefix, suffix, tok, order, spm_layout), *middle, tok.eot]
 
 
-def split_short(text, rng, places=None):
+def split_middle(text, rng, middle="uniform", places=None):
+    """text -> (prefix, middle, suffix). text: a str or a list of ids; places: where it may be cut, by default anywhere.
+
+    uniform: two uniform positions (FIM, section 3), so any part may be empty; a third of the text is middle on average.
+    log_uniform: the middle's length is 1 to all of it, short ones as often as long ones, and its place uniform."""
     n = len(text) if places is None else len(places) - 1
-    length = int(n ** rng.random()) if n else 0
-    first = rng.integers(0, n - length + 1)
-    second = first + length
+    if middle == "uniform" or n == 0:
+        first, second = sorted(rng.integers(0, n + 1, 2))
+    else:
+        length = int(n ** rng.random())
+        first = rng.integers(0, n - length + 1)
+        second = first + length
     if places is not None:
         first, second = places[first], places[second]
     return text[:first], text[first:second], text[second:]
 
 
-def split_middle(text, rng, places=None):
-    """text -> (prefix, middle, suffix), cut at two uniform positions (FIM, section 3). Any part may be empty.
-
-    text: a str or a list of ids. places: the positions allowed, by default all len(text) + 1."""
-    first, second = sorted(rng.integers(0, len(text) + 1 if places is None else len(places), 2))
-    if places is not None:
-        first, second = places[first], places[second]
-    return text[:first], text[first:second], text[second:]
-
-
-def split_ids(ids, span, tok, rng, middle="uniform"):
-    """ids of whole characters -> (prefix, middle, suffix), lists of ids, cut by char, token or line.
+def split_ids(ids, objective, tok, rng):
+    """ids of whole characters -> (prefix, middle, suffix), lists of ids, cut as objective.span and .middle say.
 
     Characters and lines are cut in the text and each part is encoded on its own, as it will be in a prompt: the model
     must learn to go on from the middle of a token (FIM, section 4.4)."""
-    split_middle = split_short if middle == "short" else globals()["split_middle"]
+    span = objective.span
+    if span == "mixed":
+        span = "char" if rng.random() < 0.5 else "line"
     if span == "token":
-        return split_middle(ids, rng)
+        return split_middle(ids, rng, objective.middle)
     text = tok.decode(ids)
     places = None
     if span == "line":
-        places = [0, *(i + 1 for i, c in enumerate(text) if c == "\n" and i + 1 < len(text)), len(text)]
-    return tuple(tok.encode(part) for part in split_middle(text, rng, places))
+        places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
+    parts = split_middle(text, rng, objective.middle, places)
+    return tuple(tok.encode(part) for part in parts)
 
 
 def pieces(window, objective, tok, rng):
@@ -157,26 +163,25 @@ def pieces(window, objective, tok, rng):
     shortest = objective.min_piece
     start = 0
     for stop in (*np.flatnonzero(window == tok.eot), len(window)):
-        longest = min(objective.max_piece or stop - start, stop - start)
+        longest = max(shortest, min(objective.max_piece or len(window), stop - start))
         while start < stop:
-            length = stop - start
-            if length > shortest:
-                length = int(shortest * (max(longest, shortest) / shortest) ** rng.random())
-            if stop - start - length < shortest:  # no stumps
-                length = stop - start
+            left = stop - start
+            length = min(left, int(shortest * (longest / shortest) ** rng.random()))
+            if left - length < shortest:  # no stumps
+                length = left if left <= max(longest, 2 * shortest - 1) else left - shortest
             yield start, start + length
             start += length
         start = stop + 1
 
 
 def fim_window(window, objective, tok, rng):
-    """Context-level FIM (section 4.3, its better variant): window (T+1,) -> ids (T+1,) with FIM examples in place.
+    """Context-level FIM (section 4.3, its better variant): window (T+1,) -> ids (T+1,).
 
-    Each piece becomes an example with probability fim_rate, where it stood; neighbouring plain pieces are plain text,
-    as if never cut."""
+    With probability fim_rate, each piece of the window becomes a FIM example where it stood. Whole windows, not single
+    pieces, are spared: plain text then keeps its long context."""
     ids = np.array(window)
-    for start, end in pieces(window, objective, tok, rng):
-        if rng.random() < objective.fim_rate:
+    if rng.random() < objective.fim_rate:
+        for start, end in pieces(window, objective, tok, rng):
             ids[start:end] = fim_piece(window[start:end].tolist(), objective, tok, rng)
     return ids
 
@@ -189,7 +194,7 @@ def fim_piece(ids, objective, tok, rng):
     its ends that hold half a character."""
     whole = tok.whole_characters(ids)
     room = whole.stop - whole.start
-    prefix, middle, suffix = split_ids(ids[whole], objective.span, tok, rng, objective.middle)
+    prefix, middle, suffix = split_ids(ids[whole], objective, tok, rng)
     order = "spm" if rng.random() < objective.spm_rate else "psm"
     surplus = len(prefix) + len(middle) + len(suffix) + 4 - room
     if not 0 <= surplus <= len(prefix) + len(suffix):
@@ -209,7 +214,7 @@ def fim_documents(stream, objective, tok, rng):
         document = stream[start:stop].tolist()
         if rng.random() < objective.fim_rate:
             order = "spm" if rng.random() < objective.spm_rate else "psm"
-            parts = split_ids(document, objective.span, tok, rng)
+            parts = split_ids(document, objective, tok, rng)
             document = fim_example(*parts, tok, order, objective.spm_layout)[:-1]
         ids += [*document, tok.eot]
         start = stop + 1
@@ -217,43 +222,64 @@ def fim_documents(stream, objective, tok, rng):
 
 
 def main():
-    """Draws one text under every objective: inputs, the targets below them, and where the loss is."""
+    """Draws one text under every objective: the inputs, under each the target it must predict, and what is hidden."""
+    import shutil
     import sys
 
     from data import Tokenizer
 
-    text = "def area(width, height):\n    size = width * height\n    return size\n"
-    tok = Tokenizer.train([text] * 9, 310)
+    text = ("def area(width, height):\n    size = width * height\n    if size < 0:\n        size = 0\n"
+            "    return size\n")
+    with open(__file__) as f:
+        tok = Tokenizer.train([f.read(), text * 9], 600)  # words and parts of words
     window = np.array(tok.encode(text) + [tok.eot])
-    names = {getattr(tok, name): f"<{name.upper()}>" for name in ("pre", "suf", "mid", "eot", "mask")}
-    colour = sys.stdout.isatty()
+    sentinels = {getattr(tok, name): f"<{name.upper()}>" for name in ("pre", "suf", "mid", "eot", "mask")}
+    styles = {"prefix": "34", "middle": "32;1", "suffix": "33", "sentinel": "35", "mask": "7", "text": "0"}
+    # what follows each sentinel, in the order in which it comes
+    layouts = {"psm": ("prefix", "suffix", "middle"), "swapped": ("suffix", "prefix", "middle"),
+               "labelled": ("suffix", "prefix", "middle"), "joint": ("suffix", "suffix", "prefix")}
 
-    def show(title, inputs, targets):
-        print(f"\n{paint(title, '1')}")
-        cells = [(names.get(i) or tok.decode([i]).replace("\n", "⏎").replace(" ", "·"), i) for i in inputs]
-        below = [(names.get(i) or tok.decode([i]).replace("\n", "⏎").replace(" ", "·"), i) for i in targets]
-        widths = [max(len(a[0]), len(b[0])) for a, b in zip(cells, below)]
-        line = 0
-        while line < len(cells):
-            end, width = line, 8
-            while end < len(cells) and width + widths[end] < 118:
-                width += widths[end] + 1
+    def paint(shown, role):
+        return f"\033[{styles[role]}m{shown}\033[0m" if sys.stdout.isatty() else shown
+
+    def cells(ids, parts):
+        """Each id as (text, role); parts: the roles that the next sentinels open."""
+        role, parts = "text", list(parts)
+        for i in ids.tolist():
+            if i == tok.mask:
+                yield "<MASK>", "mask"
+            elif i in sentinels:
+                role = "text" if i == tok.eot else parts.pop(0) if parts else role
+                yield sentinels[i], "sentinel"
+            else:
+                yield tok.decode([i]).replace("\n", "⏎").replace(" ", "·"), role
+
+    def draw(title, objective, parts=()):
+        inputs, targets = objective.row(window, tok, np.random.default_rng(4))
+        above = list(cells(inputs, parts))
+        below = list(cells(np.concatenate((inputs[:1], targets)), parts))[1:]  # roles depend on the sentinel in front
+        print(f"\n{title}; loss on all {len(targets)} targets")
+        start, room = 0, shutil.get_terminal_size().columns - 8
+        while start < len(above):
+            end, width = start, 0
+            while end < len(above) and width + max(len(above[end][0]), len(below[end][0])) < room:
+                width += max(len(above[end][0]), len(below[end][0])) + 1
                 end += 1
-            for label, row in (("input", cells), ("target", below)):
-                print(f"{label:8}" + " ".join(paint(shown.ljust(w), style(i)) for (shown, i), w
-                                              in zip(row[line:end], widths[line:end])))
-            line = end
-        print("")
+            for label, row in (("input", above), ("target", below)):
+                print(f"{label:7}", *(paint(row[i][0].ljust(max(len(above[i][0]), len(below[i][0]))), row[i][1])
+                                      for i in range(start, end)))
+            start = end
 
-    def style(i):
-        return "7" if i == tok.mask else "1;35" if i in names else "0"
-
-    def paint(shown, code):
-        return f"\033[{code}m{shown}\033[0m" if colour else shown
-
-    for name, objective in OBJECTIVES.items():
-        inputs, targets = objective.row(window, tok, np.random.default_rng(1))
-        show(name, inputs, targets)
+    print("colours:", *(paint(f" {role} ", role) for role in styles if role != "text"))
+    always = {"fim_rate": 1.0}
+    draw("ntp: next-token prediction", OBJECTIVES["ntp"])
+    draw("meap: 15% of the inputs masked, targets true", OBJECTIVES["meap"])
+    draw("fim_psm: prefix, suffix, middle", replace(OBJECTIVES["fim_psm"], **always), layouts["psm"])
+    for layout in SPM_LAYOUTS:
+        title = f"fim_spm: suffix, prefix, middle ({layout}{', the default' if layout == 'swapped' else ''})"
+        draw(title, replace(OBJECTIVES["fim_spm"], spm_layout=layout, **always), layouts[layout])
+    draw("fim: PSM or SPM, at random; fim_meap: the same with 15% of the inputs masked",
+         replace(OBJECTIVES["fim_meap"], spm_rate=0.0, **always), layouts["psm"])
 
 
 if __name__ == "__main__":

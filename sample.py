@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import Tokenizer
+from data import Tokenizer, split_lines
 from model import GPT, GPTConfig, KVCache
 from objectives import ORDERS, check_choice, check_range, fim_prompt
 
@@ -155,7 +155,7 @@ def best_first(samples, tok, suffix):
 def where_suffix_repeats(text, suffix, least=8):
     """Where text begins to repeat the suffix, or None: its first lines that hold at least 8 visible characters."""
     start = ""
-    for line in suffix.splitlines(keepends=True):
+    for line in split_lines(suffix):
         start += line
         if len("".join(start.split())) >= least:
             found = text.find(start.rstrip())

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Batches, prepare, single_line_holes
+from data import Batches, prepare, single_line_holes, split_lines
 from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
 from sample import ENDINGS, Parser, infill, load_checkpoint, one_line_errors, pick_device
@@ -42,32 +42,34 @@ class Config:
     data: str = setting("stdlib", "stdlib, prose, site-packages, or a file, folder or glob of text or .jsonl[.gz]")
     tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)", ("bpe", "bytes", "gpt2"))
     vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
-    fim_rate: float = setting(None, "share of pieces that become FIM examples")
+    fim_rate: float = setting(None, "share of windows that become FIM examples")
     spm_rate: float = setting(None, "share of FIM examples in SPM order")
     spm_layout: str = setting(None, "where SPM puts its sentinels: swapped, labelled or joint")
-    span: str = setting(None, "where FIM may cut: char, token or line")
+    span: str = setting(None, "where FIM may cut: char, token, line, or mixed (char or line)")
     mask_ratio: float = setting(None, "share of inputs that MEAP masks")
     min_piece: int = setting(None, "fewest tokens of text in a FIM example")
     max_piece: int = setting(None, "most tokens of text in a FIM example, 0 for up to a whole document")
-    middle: str = setting(None, "how the middle is cut")
+    middle: str = setting(None, "length of the middle: uniform (two uniform cuts) or log_uniform (mostly short)")
     fim_level: str = setting("context", "FIM inside the window, or on whole documents before", ("context", "document"))
     n_layer: int = setting(4, "blocks", low=1)
-    n_head: int = setting(3, "attention heads", low=1)
-    n_embd: int = setting(192, "width", low=1)
+    n_head: int = setting(2, "attention heads", low=1)
+    n_embd: int = setting(128, "width", low=1)
     block_size: int = setting(256, "context, in tokens", low=8)
     dropout: float = setting(0.0, "share of activations dropped in training", low=0, high=0.99)
     position: str = setting("rope", "rotary or learned positions", ("rope", "learned"))
     qk_norm: bool = setting(True, "normalise queries and keys")
+    token_shift: bool = setting(True, "attention reads part of its input from the token before")
     tied: bool = setting(True, "output layer shares the token embedding")
     bias: bool = setting(False, "biases in linear layers and norms")
+    gelu: str = setting("none", "exact GELU, or tanh, GPT-2's approximation", ("none", "tanh"))
     attention: str = setting("auto", "manual (spelled out, the faster on CPU), fused, or auto: fused on a GPU",
                              ("auto", "manual", "fused"))
     batch_size: int = setting(16, "rows in a batch", low=1)
     grad_accum: int = setting(1, "batches in a step", low=1)
-    steps: int = setting(800, "optimiser steps", low=1)
+    steps: int = setting(1440, "optimiser steps", low=1)
     optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
     lr: float = setting(0.01, "peak learning rate", low=1e-12)
-    warmup: int = setting(20, "steps of linear warm-up", low=0)
+    warmup: int = setting(40, "steps of linear warm-up", low=0)
     final_lr: float = setting(0.0, "share of the peak at which the linear decay ends", low=0, high=1)
     weight_decay: float = setting(0.1, "decay of matrices", low=0)
     beta1: float = setting(0.9, "AdamW's first moment", low=0, high=0.9999)
@@ -79,9 +81,9 @@ class Config:
     compile: bool = setting(False, "torch.compile the model")
     out: str = setting("", "folder of the run (default: out/OBJECTIVE, with a number where that is taken)")
     cache_dir: str = setting("cache", "folder of tokenised corpora")
-    eval_every: int = setting(200, "steps between evaluations", low=1)
+    eval_every: int = setting(360, "steps between evaluations", low=1)
     eval_tokens: int = setting(65536, "held-out tokens in an evaluation; the last takes four times as many", low=1)
-    save_every: int = setting(200, "steps between checkpoints", low=1)
+    save_every: int = setting(360, "steps between checkpoints", low=1)
 
     def __post_init__(self):
         check_choice("--preset", self.preset, PRESETS)
@@ -105,7 +107,7 @@ def flag_of(name):
 def paper(n_layer, n_embd, n_head, lr, batch, params):
     """A size of the FIM paper (table 1: shape, learning rate, tokens in a batch, context 2048). It trained each on
     100 B tokens; the budget here is 20 tokens a parameter (Hoffmann et al., 2022)."""
-    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True, "tied": False,
+    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True, "tied": False, "token_shift": False,
             "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr, "batch_size": 8, "grad_accum": batch // (8 * 2048),
             "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1, "eval_every": 500, "save_every": 500}
 
@@ -113,7 +115,7 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 PRESETS = {
     "toy": {},
     "laptop": {},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh",
              "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3,
              "warmup": 200, "final_lr": 0.1},
     "xxs": paper(6, 384, 6, 1.6e-3, 2**19, 50_000_000),
@@ -296,8 +298,8 @@ def show_infill(model, tok, objective, prefix, middle, suffix):
     order = "spm" if objective.spm_rate > 0 else "psm"
     best = infill(model, tok, tok.decode(prefix), tok.decode(suffix), order=order, spm_layout=objective.spm_layout)[0]
     model.train()
-    before = "".join(tok.decode(prefix).splitlines(keepends=True)[-2:])
-    after = "".join(tok.decode(suffix).splitlines(keepends=True)[:1])
+    before = "".join(split_lines(tok.decode(prefix))[-2:])
+    after = "".join(split_lines(tok.decode(suffix))[:1])
     return (f"{before}⟦{best.text}⟧{after}"
             f"    (between ⟦ and ⟧: the model; {ENDINGS[best.ended]}; true: {tok.decode(middle).strip()!r})")
 
@@ -305,7 +307,7 @@ def show_infill(model, tok, objective, prefix, middle, suffix):
 def describe(config, model, tok, stream, held_out, objective, device, bf16, first):
     c = model.config
     tokens = config.steps * config.batch_size * config.grad_accum * config.block_size
-    fim = (f"FIM on {objective.fim_rate:.0%} of pieces, {objective.spm_rate:.0%} of them SPM ({objective.spm_layout}), "
+    fim = (f"FIM on {objective.fim_rate:.0%} of windows, {objective.spm_rate:.0%} of them SPM ({objective.spm_layout}), "
            f"cut by {objective.span}" if objective.fim_rate else "")
     meap = f"{objective.mask_ratio:.0%} of inputs masked" if objective.mask_ratio else ""
     print(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "

@@ -1,0 +1,51 @@
+"""What the tests share: the repository on the path, a small corpus of real Python files, its tokenizer and stream."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Tokenizer  # noqa: E402
+
+MODULES = ("argparse ast base64 bisect calendar cmd configparser contextlib csv fnmatch functools glob json.decoder "
+           "json.encoder keyword queue shlex string tempfile textwrap").split()
+LANGUAGES = """All human beings are born free and equal in dignity and rights.
+Все люди рождаются свободными и равными в своем достоинстве и правах.
+すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等である。
+人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神互相对待。
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
+🙂 👩‍👩‍👧 🇫🇷 naïve façade, e\u0301 n\u0303
+"""
+
+
+@pytest.fixture(scope="session")
+def documents():
+    """The sources of 20 standard library modules, as list[str]."""
+    return [Path(importlib.util.find_spec(name).origin).read_text("utf-8") for name in MODULES]
+
+
+@pytest.fixture(scope="session")
+def tok(documents):
+    return Tokenizer.train(documents, 600)
+
+
+@pytest.fixture(scope="session")
+def stream(documents, tok):
+    """doc <EOT> doc <EOT> ... as uint16."""
+    return as_stream(documents, tok)
+
+
+@pytest.fixture(scope="session")
+def corpora(documents, tok, stream):
+    """dict: name -> (tokenizer, stream): English and multi-byte text, each in learned tokens and in single bytes."""
+    single, learned = Tokenizer.bytes(), Tokenizer.train([LANGUAGES], 380)
+    return {"code": (tok, stream), "code in bytes": (single, as_stream(documents[2:6], single)),
+            "languages": (learned, as_stream([LANGUAGES] * 20, learned)),
+            "languages in bytes": (single, as_stream([LANGUAGES] * 20, single))}
+
+
+def as_stream(texts, tok):
+    return np.array([i for text in texts for i in (*tok.encode(text), tok.eot)], np.uint16)

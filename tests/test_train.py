@@ -1,0 +1,255 @@
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig
+from objectives import OBJECTIVES
+from sample import load_checkpoint, load_model
+from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, documents):
+    """The flags of a tiny model on a folder of real files, and a cache that the tests share."""
+    text, cache = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("cache")
+    for i, document in enumerate(documents):
+        (text / f"{i}.py").write_text(document)
+    return (f"--data {text} --cache-dir {cache} --tokenizer bpe --vocab-size 400 --n-layer 1 --n-head 2 --n-embd 32 "
+            "--block-size 72 --batch-size 4 --device cpu --dtype fp32 --eval-tokens 256").split()
+
+
+def small_model(n_vocab, **settings):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(n_vocab, block_size=16, n_layer=2, n_head=2, n_embd=32, **settings))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def metrics(folder):
+    """The lines of metrics.jsonl as strict JSON, which has no NaN."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} in metrics.jsonl")) for line in lines]
+
+
+def assert_same(a, b):
+    """Nested dictionaries and lists of tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, (dict, list)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+def refusal(arguments, capsys):
+    """-> (exit code, the last line on stderr without a progress bar, how many lines stderr has)."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    lines = capsys.readouterr().err.rstrip("\n").split("\n")
+    assert not any("Traceback" in line for line in lines)
+    return stop.value.code, lines[-1].split("\r")[-1], len(lines)
+
+
+@pytest.mark.parametrize("warmup, final_lr, expected", [
+    (4, 0.1, [0.5, 1, 1.5, 2, 1.7, 1.4, 1.1, 0.8, 0.5, 0.2]), (0, 0, [1.5, 1, 0.5, 0]), (20, 0, [0.1, 0.2])])
+def test_the_learning_rate_warms_up_and_decays_in_lines(warmup, final_lr, expected):
+    config = Config(lr=2.0, warmup=warmup, final_lr=final_lr, steps=len(expected))
+    assert [learning_rate(step, config) for step in range(config.steps)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_one_optimizer(optimizer, tied):
+    model = small_model(60, tied=tied, bias=True, position="learned")
+    optimizers = make_optimizers(model, Config(optimizer=optimizer, weight_decay=0.3))
+    groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
+    held = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    for _, group in groups:  # matrices decay, biases and norms do not
+        assert group["weight_decay"] in (0, 0.3)
+        assert {p.dim() for p in group["params"]} == ({2} if group["weight_decay"] else {1})
+    muon = {id(p) for name, group in groups if name == "Muon" for p in group["params"]}
+    assert muon == {id(p) for p in model.transformer.h.parameters() if p.dim() == 2 and optimizer == "muon"}
+
+
+def test_bits_per_byte_is_that_of_one_token_at_a_time(tok, stream):
+    model, T, bits, n_bytes = small_model(tok.n_vocab), 16, 0.0, 0
+    at = int(np.flatnonzero(stream == tok.eot)[0])
+    text = stream[at - 40:at - 40 + 5 * T + 1].astype(int)  # five windows side by side, an <EOT> in the middle
+    model.eval()
+    for start in range(0, 5 * T, T):
+        for i in range(start + 1, start + T + 1):
+            if text[i] != tok.eot:
+                log_p = model(torch.tensor(text[start:i])[None])[0][0, -1].double().log_softmax(-1)
+                bits -= log_p[text[i]].item() / math.log(2)
+                n_bytes += len(tok.decode_bytes([text[i]]))
+    assert bits_per_byte(model, text, tok, 10**6) == pytest.approx(bits / n_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_takes_windows_from_end_to_end_without_dropout(tok, stream):
+    model = small_model(tok.n_vocab, dropout=0.5)
+    ends = stream[:17], stream[-17:]
+    expected = np.average([bits_per_byte(model, part, tok, 16) for part in ends],
+                          weights=[tok.n_bytes[part[1:]].sum() for part in ends])
+    assert bits_per_byte(model, stream, tok, 32) == pytest.approx(expected, rel=1e-5)
+    assert model.training and math.isnan(bits_per_byte(model, stream[:16], tok, 32))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_learns(objective, base, tmp_path):
+    train.main([*base, "--objective", objective, "--steps", "30", "--warmup", "5", "--out", str(tmp_path)])
+    lines = metrics(tmp_path)
+    assert abs(lines[0]["loss"] - math.log(400)) < 0.1  # it starts as a guess
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1]["held_out_bpb"] < 3.8
+
+
+def test_accumulated_batches_are_one_large_batch(base, tmp_path):
+    losses = []
+    for name, flags in (("large", "--batch-size 8"), ("accumulated", "--batch-size 4 --grad-accum 2")):
+        train.main([*base, *f"{flags} --objective meap --steps 4 --warmup 1 --out {tmp_path / name}".split()])
+        losses.append([line["loss"] for line in metrics(tmp_path / name)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("objective, extra", [*((name, "") for name in OBJECTIVES), (
+    "fim", "--fim-level document --optimizer adamw --position learned --no-tied --no-qk-norm --bias")])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, extra, base, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+
+    def save_and_keep_a_copy(path, checkpoint):
+        save_checkpoint(path, checkpoint)
+        if checkpoint["step"] == 3:
+            shutil.copytree(whole, part)
+            with open(part / "metrics.jsonl", "a") as f:  # what a run leaves that is killed two steps later
+                f.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
+
+    monkeypatch.setattr(train, "save_checkpoint", save_and_keep_a_copy)
+    flags = f"--objective {objective} --steps 6 --warmup 2 --dropout 0.1 --grad-accum 2 --eval-every 2 --save-every 3"
+    train.main([*base, *f"{flags} {extra} --out {whole}".split()])
+    assert load_checkpoint(part)["step"] == 3
+    train.main(["--resume", "--out", str(part), "--eval-every", "100"])  # evaluation leaves no trace in the weights
+    first, second = load_checkpoint(whole), load_checkpoint(part)
+    assert first["step"] == second["step"] == 6
+    for key in ("model", "optimizers", "model_config", "objective", "tokenizer"):
+        assert_same(first[key], second[key])
+    assert [line["step"] for line in metrics(part)] == [1, 2, 3, 4, 5, 6]
+    for one, other in zip(metrics(whole), metrics(part), strict=True):
+        assert all(one[key] == other[key] for key in ("step", "tokens", "loss", "lr"))
+        assert one["tokens"] == one["step"] * 2 * 4 * 72 and ("held_out_bpb" in one) == (one["step"] % 2 == 0)
+
+
+def test_ctrl_c_saves_and_resume_finishes_on_the_same_text(base, tmp_path, documents, capsys):
+    text = tmp_path / "text.py"
+    text.write_text("".join(documents))
+    flags = f"--data {text} --objective fim_spm --steps 300 --out {tmp_path}".split()
+    command = [sys.executable, train.__file__, *base, *flags]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    shown, _ = run.communicate(timeout=60)
+    step = load_checkpoint(tmp_path)["step"]
+    assert run.returncode == 0 and 0 < step < 300 and metrics(tmp_path)[-1]["step"] == step
+    model, tok, _ = load_model(tmp_path)
+    assert model(torch.tensor([tok.encode("import os")]))[0].isfinite().all()
+    last = shown.splitlines()[-1]
+    assert last == f"stopped after step {step}, saved; go on with: python train.py --out {tmp_path} --resume"
+    resume = last.split("train.py ")[1].split()
+    text.write_text("".join(documents[1:]))
+    code, line, _ = refusal(resume, capsys)
+    assert code == 1 and f"the text of --data {text} has changed" in line
+    text.write_text("".join(documents))
+    train.main(resume)
+    steps = [line["step"] for line in metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == load_checkpoint(tmp_path)["step"] == 300
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, {"weights": torch.arange(5.0)})
+
+    def disk_full(checkpoint, f):
+        f.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(torch, "save", disk_full)
+        save_checkpoint(path, {"weights": torch.zeros(9)})
+    assert torch.equal(torch.load(path)["weights"], torch.arange(5.0))
+    save_checkpoint(path, {"weights": torch.zeros(9)})
+    assert torch.equal(torch.load(path)["weights"], torch.zeros(9)) and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("save_every, saved", [(2, True), (3, False), (100, False)])
+def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, base, tmp_path, capsys, monkeypatch):
+    """The third update throws the weights out. Its own loss was still fine: a checkpoint made then would look good."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, config: 1e30 if step == 2 else 1e-3)
+    code, line, _ = refusal([*base, "--steps", "20", "--save-every", str(save_every), "--out", str(tmp_path)], capsys)
+    assert code == 1 and re.search("the loss is nan at step [34]", line) and metrics(tmp_path)[-1]["step"] <= 3
+    if (tmp_path / "ckpt.pt").exists():
+        model, tok, checkpoint = load_model(tmp_path)
+        ids = torch.tensor([tok.encode("import os\nimport sys\n")])
+        assert model(ids, ids)[1].isfinite(), f"the checkpoint of step {checkpoint['step']} is broken"
+    assert (tmp_path / "ckpt.pt").exists() == ("ckpt.pt keeps" in line) == saved
+
+
+def test_a_held_out_text_shorter_than_a_window_is_no_mistake(tmp_path, base, documents):
+    (tmp_path / "short.txt").write_text(documents[0][:3000])
+    train.main([*base, *f"--data {tmp_path}/short.txt --block-size 256 --steps 2 --out {tmp_path}/run".split()])
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+@pytest.mark.parametrize("block_size", ["8", "67"])
+def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
+    train.main([*base, "--objective", "fim_spm", "--block-size", block_size, "--steps", "2", "--out", str(tmp_path)])
+    assert load_checkpoint(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    ("--objective fmi", 2, "--objective fmi: expected one of ntp, meap, fim_psm, fim_spm, fim, fim_meap"),
+    ("--preset huge", 2, "--preset huge: expected one of toy, laptop"), ("--steps -1", 2, "--steps -1: expected 1"),
+    ("--spm-layout jont", 2, "--spm-layout jont: expected one of swapped, labelled, joint"), ("--lr 0", 2, "--lr 0"),
+    ("--tokenizer words", 2, "--tokenizer words: expected one of bpe, bytes, gpt2"), ("--lr nan", 2, "--lr nan"),
+    ("--n-embd 30 --n-head 4", 2, "n_embd 30 is not a multiple of n_head 4"), ("--dropout 1", 2, "--dropout 1.0"),
+    ("--block-size 1000000", 2, "--block-size 1000000"), ("--vocab-size 200", 2, "--vocab-size 200"),
+    ("--fim-rate 1.5", 2, "--fim-rate 1.5: expected 0 to 1"), ("--mask-ratio -1", 2, "--mask-ratio -1.0: expected 0"),
+    ("--data /no/such/text", 1, "--data /no/such/text"), ("--device cuda:99", 2, "--device cuda:99"),
+    ("--learning-rate 1", 2, "--learning-rate"), ("--step 5", 2, "--step"), ("--steps many", 2, "many"),
+    ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.01 to 0.5"),
+    ("--resume --out {run} --objective meap", 2, "--objective ntp to meap"), ("--resume --out {run}", 2, "all its 1"),
+    ("--resume --out {empty}", 1, "ckpt.pt: no such checkpoint"), ("--out {run}", 2, "already holds a run")])
+def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys):
+    run = tmp_path / "run"
+    if "{run}" in arguments:
+        train.main([*base, "--steps", "1", "--out", str(run)])
+    flags = [] if "--resume" in arguments else [*base, "--out", str(tmp_path / "new")]
+    before = sorted(tmp_path.rglob("*"))
+    found, line, n_lines = refusal([*flags, *arguments.format(run=run, empty=tmp_path).split()], capsys)
+    assert (found, n_lines) == (code, 1) and message in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_settings_that_flags_override(preset):
+    config = Config(**PRESETS[preset])
+    assert config.n_embd % config.n_head == 0 and config.grad_accum >= 1 and 0 < config.warmup < config.steps
+    assert config.make_objective() == OBJECTIVES["ntp"]
+    given, _ = train.read_arguments(["--preset", preset, "--n-layer", "7", "--objective", "fim", "--spm-rate", "0.25"])
+    assert (given.n_layer, given.lr, given.preset) == (7, config.lr, preset)
+    assert (given.make_objective().fim_rate, given.make_objective().spm_rate) == (OBJECTIVES["fim"].fim_rate, 0.25)
