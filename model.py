@@ -127,6 +127,9 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
         self.weights = None
+        if config.qk_norm:
+            # Normalised, q . k / sqrt(D) is at most sqrt(D): the gain, learned, lets a head be as sure as it needs to be.
+            self.gain = nn.Parameter(torch.full((config.n_head,), 1.5))
 
     def forward(self, x, rotations, cache):
         B, T, C = x.shape
@@ -135,6 +138,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, H, T, D)
         if self.config.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
+            q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain a head
         if rotations is not None:
             q, k = (rotate(part, rotations) for part in (q, k))
         if cache is not None:

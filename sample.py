@@ -9,6 +9,7 @@ it has joined the suffix. Of n samples, those that ended in <EOT> come first, th
 best-of-n, FIM paper, section 4.6 and appendix).
 """
 import argparse
+import codecs
 import functools
 import os
 import pickle
@@ -74,7 +75,7 @@ def pick(log_p, temperature, top_k, top_p, rng):
     """log_p (B, V) -> ids (B,): the likeliest at temperature 0, else a draw from what top_k and top_p leave."""
     if temperature == 0:
         return log_p.argmax(-1)
-    log_p = log_p / temperature
+    log_p = (log_p - log_p.amax(-1, keepdim=True)) / temperature  # the likeliest stays at 0, however low the temperature
     if top_k:
         log_p = log_p.masked_fill(log_p < log_p.topk(min(top_k, log_p.shape[-1]))[0][:, -1:], float("-inf"))
     p = F.softmax(log_p, dim=-1)
@@ -102,8 +103,8 @@ def infill(model, tok, prefix, suffix, n=1, max_new_tokens=64, order="spm", spm_
     with each new piece of text (n must be 1). Raises ValueError if the context leaves no room."""
     prompt = infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn)
     idx = torch.tensor([prompt], device=next(model.parameters()).device)
-    return best_first(collect(generate(model, idx, max_new_tokens, temperature, top_k, top_p, tok.eot, seed, n),
-                              tok, stream), tok, suffix)
+    steps = generate(model, idx, max_new_tokens, temperature, top_k, top_p, tok.eot, seed, n, allowed=tok.eot + 1)
+    return best_first(collect(steps, tok, stream), tok, suffix)
 
 
 def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn=None):
@@ -128,11 +129,14 @@ def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout,
 def collect(steps, tok, stream=None):
     """Runs generate: a list of (ids, mean log-probability per token), <EOT> kept at the end where a row ended in it."""
     rows, log_ps = [], []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     for ids, log_p in steps:
         if stream:
-            stream(tok.decode(ids.tolist()))
+            stream(decoder.decode(tok.decode_bytes(ids.tolist())))
         rows.append(ids)
         log_ps.append(log_p)
+    if stream:
+        stream(decoder.decode(b"", final=True))
     out = []
     for ids, log_p in zip(torch.stack(rows, 1).tolist(), torch.stack(log_ps, 1).tolist()):
         length = ids.index(tok.eot) + 1 if tok.eot in ids else len(ids)
@@ -164,7 +168,7 @@ def where_suffix_repeats(text, suffix, least=8):
 
 
 def load_checkpoint(path, device="cpu"):
-    """DIR or DIR/ckpt.pt -> the checkpoint's dictionary of tensors and plain values. Raises OSError or ValueError."""
+    """DIR or DIR/ckpt.pt -> the checkpoint's dictionary of tensors and plain values. Raises OSError."""
     path = Path(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
@@ -173,8 +177,7 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(file, map_location=device, weights_only=True)
         missing = {"model", "model_config", "tokenizer", "config", "objective", "step"} - checkpoint.keys()
     except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, KeyError) as error:
-        raise OSError(f"{file}: not a whole checkpoint of tensors and plain values "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+        raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
     if missing:
         raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(sorted(missing))}")
     return checkpoint
@@ -183,9 +186,11 @@ def load_checkpoint(path, device="cpu"):
 def load_model(path, device="cpu"):
     """DIR or DIR/ckpt.pt -> (GPT in evaluation mode, Tokenizer, checkpoint)."""
     checkpoint = load_checkpoint(path, device)
-    model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
     try:
+        model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
         model.load_state_dict(checkpoint["model"])
+    except TypeError as error:
+        raise OSError(f"{path}: made by another version of nanogap ({error})") from None
     except RuntimeError as error:
         raise OSError(f"{path}: weights of another shape than its settings ({str(error).splitlines()[1].strip()})") from None
     return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer"]), checkpoint

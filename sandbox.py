@@ -9,8 +9,10 @@ endless loop, a hungry list, a stray open(..., "w"). It is no wall against malic
 undo what Python does, reading files is allowed, and there is no container around it. For code from strangers use one.
 """
 import json
+import math
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,8 +34,8 @@ class Outcome(NamedTuple):
 def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, memory=2**29):
     """Runs the program (source text) under a module's name; then, in a fresh copy of it each, the docstrings' examples.
 
-    timeout: seconds of the clock, and of the CPU. memory: bytes of address space, where the system can limit it.
-    Nothing that the program does raises here; a program that fails is an Outcome."""
+    timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes of address
+    space. Both hold where the system knows such limits. Whatever the program does, nothing is raised here."""
     token = secrets.token_hex(16)
     job = {"program": program, "module": module, "docstrings": docstrings or {}, "trace": trace, "timeout": timeout,
            "memory": memory, "token": token}
@@ -42,10 +44,9 @@ def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, m
                                    stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
                                    env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ})
         try:
-            process.communicate(json.dumps(job).encode(), timeout)
-            why = ""
+            process.communicate(json.dumps(job).encode(), 10 * timeout)
         except subprocess.TimeoutExpired:
-            why = f"stopped after {timeout:g} s"
+            pass
         finally:
             if process.poll() is None:
                 process.kill()
@@ -53,6 +54,8 @@ def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, m
         output.seek(0)
         printed, _, verdict = output.read(2 * OUTPUT).decode("utf-8", "replace").partition(token)
     if not verdict:
+        stopped = process.returncode in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
+        why = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over" if stopped else ""
         return Outcome(False, {}, {}, why or printed.strip()[-300:] or f"left early, with status {process.returncode}")
     passed, lines = json.loads(verdict)
     return Outcome(all(passed.values()), passed, lines, printed.strip()[-300:])
@@ -100,7 +103,7 @@ def limit(seconds, memory):
         import resource
     except ImportError:  # Windows
         return
-    limits = {"RLIMIT_CPU": int(seconds) + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
+    limits = {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
     for name, most in limits.items():
         try:
             resource.setrlimit(getattr(resource, name), (most, most))

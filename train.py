@@ -68,7 +68,7 @@ class Config:
     grad_accum: int = setting(1, "batches in a step", low=1)
     steps: int = setting(1440, "optimiser steps", low=1)
     optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
-    lr: float = setting(0.01, "peak learning rate", low=1e-12)
+    lr: float = setting(0.006, "peak learning rate", low=1e-12)
     warmup: int = setting(40, "steps of linear warm-up", low=0)
     final_lr: float = setting(0.0, "share of the peak at which the linear decay ends", low=0, high=1)
     weight_decay: float = setting(0.1, "decay of matrices", low=0)
@@ -97,7 +97,11 @@ class Config:
     def make_objective(self):
         """The preset of that name, with the fields that were given as flags."""
         given = {f.name: getattr(self, f.name) for f in fields(Objective) if getattr(self, f.name) is not None}
-        return replace(OBJECTIVES[self.objective], **given)
+        try:
+            return replace(OBJECTIVES[self.objective], **given)
+        except ValueError as error:
+            name, rest = str(error).split(" ", 1)
+            raise ValueError(f"{flag_of(name)} {rest}") from None
 
 
 def flag_of(name):
@@ -114,7 +118,8 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 
 PRESETS = {
     "toy": {},
-    "laptop": {},
+    "laptop": {"n_layer": 6, "n_head": 4, "n_embd": 160, "steps": 4400, "lr": 0.005, "warmup": 100, "eval_every": 440,
+               "save_every": 220},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh",
              "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3,
              "warmup": 200, "final_lr": 0.1},
@@ -201,9 +206,14 @@ def train(config, checkpoint=None):
                 continue
 
             loss = total.item()
-            if not math.isfinite(loss):
-                raise OSError(f"the loss is {loss} at step {done}: {out}/ckpt.pt keeps the last good state; "
-                              f"a lower --lr than {config.lr} may help")
+            saving = done % config.save_every == 0 or last
+            if saving and math.isfinite(loss):  # a step may have thrown the weights out: never save what cannot predict
+                with torch.no_grad(), autocast:
+                    loss_after = forward(inputs, targets)[1].item()
+            if not math.isfinite(loss) or saving and not math.isfinite(loss_after):
+                kept = f"{out}/ckpt.pt keeps the last good state" if (out / "ckpt.pt").exists() else "nothing was saved yet"
+                raise OSError(f"the loss is {loss_after if math.isfinite(loss) else loss} at step {done}; {kept}; "
+                              f"try a lower --lr than {config.lr}")
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
             logged, started = done, now
@@ -214,13 +224,14 @@ def train(config, checkpoint=None):
             if done % config.eval_every == 0 or done == config.steps:
                 final = done == config.steps
                 report = {"held_out_bpb": bits_per_byte(model, held_out, tok, config.eval_tokens * (4 if final else 1), autocast)}
-                tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte")
+                tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte" if report["held_out_bpb"] else
+                           f"step {done}: the held-out text is shorter than a window")
                 if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=done)):
                     tqdm.write(show_infill(model, tok, objective, *hole[0]))
                 line |= report
                 started = time.perf_counter()
             metrics.write(line)
-            if done % config.save_every == 0 or last:
+            if saving:
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
@@ -268,13 +279,14 @@ def bits_per_byte(model, held_out, tok, n_tokens, autocast=nullcontext()):
     """Bits per byte of plain left-to-right text, the figure that compares objectives and vocabularies.
 
     The cross-entropy of up to n_tokens of the stream, in bits, over the bytes of text they stand for. Evenly spaced
-    windows of block_size, the same for every model of that context; <EOT>, which is no text, is left out."""
+    windows of block_size, the same for every model of that context; <EOT>, which is no text, is left out. None if the
+    held-out text is shorter than a window."""
     was_training = model.training
     model.eval()
     T = model.config.block_size
     n = min((len(held_out) - 1) // T, max(1, n_tokens // T))
     if n < 1:
-        return math.nan
+        return None
     device = next(model.parameters()).device
     n_bytes = torch.from_numpy(tok.n_bytes).to(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
@@ -296,7 +308,8 @@ def show_infill(model, tok, objective, prefix, middle, suffix):
     """One held-out hole, filled greedily, as a few lines of text."""
     model.eval()
     order = "spm" if objective.spm_rate > 0 else "psm"
-    best = infill(model, tok, tok.decode(prefix), tok.decode(suffix), order=order, spm_layout=objective.spm_layout)[0]
+    best = infill(model, tok, tok.decode(prefix), tok.decode(suffix), order=order, spm_layout=objective.spm_layout,
+                  max_new_tokens=min(64, model.config.block_size // 4))[0]
     model.train()
     before = "".join(split_lines(tok.decode(prefix))[-2:])
     after = "".join(split_lines(tok.decode(suffix))[:1])

@@ -67,10 +67,12 @@ def test_the_model_computes_gpt2s_published_formulas(attention, position, qk_nor
         x = x + w["transformer.wpe.weight"]
     for h in ("transformer.h.0", "transformer.h.1"):
         heads = []
-        for columns in linear(f"{h}.attn.c_attn", norm(f"{h}.ln_1", x)).unflatten(-1, (3, 2, 16)).unbind(-2):
-            q, k, v = columns.unbind(-2)                                        # (B, T, D) of one head
+        qkv = linear(f"{h}.attn.c_attn", norm(f"{h}.ln_1", x)).unflatten(-1, (3, 2, 16))
+        for head in range(2):
+            q, k, v = qkv[..., head, :].unbind(-2)                              # (B, T, D) each
             if qk_norm:
                 q, k = (part / part.square().mean(-1, keepdim=True).sqrt() for part in (q, k))
+                q = q * w.get(f"{h}.attn.gain", torch.ones(2))[head]
             if position == "rope":
                 q, k = turned(q), turned(k)
             weights = (q @ k.transpose(-2, -1) / 16 ** 0.5).exp().tril()
@@ -154,7 +156,7 @@ def test_weights_start_as_in_gpt2():
     model = GPT(GPTConfig(1000, n_layer=3, n_embd=192, position="learned", bias=True, tied=False))
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+            assert (p == (0 if name.endswith("bias") else 1)).all() or name.endswith("gain"), name
         else:
             expected = 0.02 / math.sqrt(2 * 3) if "c_proj" in name else 0.02
             assert abs(p.std() / expected - 1) < 0.03 and abs(p.mean()) < 0.001, name

@@ -67,7 +67,7 @@ def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
     for _ in range(60):
         objective = OBJECTIVES.get(name) or Objective(
             choice(0, 0.5, 1), choice(0, 0.5, 1), choice(*LAYOUTS), choice("char", "token", "line"),
-            choice(0, 0.15, 0.6), choice(8, 16, 32), choice(0, 64))
+            choice(0, 0.15, 0.6), choice("uniform", "log_uniform"), choice(8, 16, 32), choice(0, 64))
         tok, stream = choice(*corpora.values())
         (window, _), = windows(stream, 1, rng.integers(16, 300), rng.integers(10**6))
         before = window.copy()

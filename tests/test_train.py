@@ -107,12 +107,12 @@ def test_bits_per_byte_takes_windows_from_end_to_end_without_dropout(tok, stream
     expected = np.average([bits_per_byte(model, part, tok, 16) for part in ends],
                           weights=[tok.n_bytes[part[1:]].sum() for part in ends])
     assert bits_per_byte(model, stream, tok, 32) == pytest.approx(expected, rel=1e-5)
-    assert model.training and math.isnan(bits_per_byte(model, stream[:16], tok, 32))
+    assert model.training and bits_per_byte(model, stream[:16], tok, 32) is None
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_learns(objective, base, tmp_path):
-    train.main([*base, "--objective", objective, "--steps", "30", "--warmup", "5", "--out", str(tmp_path)])
+    train.main([*base, "--objective", objective, "--steps", "30", "--warmup", "5", "--lr", "0.01", "--out", str(tmp_path)])
     lines = metrics(tmp_path)
     assert abs(lines[0]["loss"] - math.log(400)) < 0.1  # it starts as a guess
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1]["held_out_bpb"] < 3.8
@@ -159,11 +159,10 @@ def test_ctrl_c_saves_and_resume_finishes_on_the_same_text(base, tmp_path, docum
     flags = f"--data {text} --objective fim_spm --steps 300 --out {tmp_path}".split()
     command = [sys.executable, train.__file__, *base, *flags]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 60
-    while not ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)) and time.monotonic() < deadline:
+    while run.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and metrics(tmp_path)):
         time.sleep(0.02)
     run.send_signal(signal.SIGINT)
-    shown, _ = run.communicate(timeout=60)
+    shown, _ = run.communicate()
     step = load_checkpoint(tmp_path)["step"]
     assert run.returncode == 0 and 0 < step < 300 and metrics(tmp_path)[-1]["step"] == step
     model, tok, _ = load_model(tmp_path)
@@ -200,7 +199,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, base, tmp_path, capsys, monkeypatch):
     """The third update throws the weights out. Its own loss was still fine: a checkpoint made then would look good."""
     monkeypatch.setattr(train, "learning_rate", lambda step, config: 1e30 if step == 2 else 1e-3)
-    code, line, _ = refusal([*base, "--steps", "20", "--save-every", str(save_every), "--out", str(tmp_path)], capsys)
+    code, line, _ = refusal([*base, *f"--steps 20 --eval-every 3 --save-every {save_every} --out {tmp_path}".split()], capsys)
     assert code == 1 and re.search("the loss is nan at step [34]", line) and metrics(tmp_path)[-1]["step"] <= 3
     if (tmp_path / "ckpt.pt").exists():
         model, tok, checkpoint = load_model(tmp_path)
@@ -231,13 +230,13 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--fim-rate 1.5", 2, "--fim-rate 1.5: expected 0 to 1"), ("--mask-ratio -1", 2, "--mask-ratio -1.0: expected 0"),
     ("--data /no/such/text", 1, "--data /no/such/text"), ("--device cuda:99", 2, "--device cuda:99"),
     ("--learning-rate 1", 2, "--learning-rate"), ("--step 5", 2, "--step"), ("--steps many", 2, "many"),
-    ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.01 to 0.5"),
+    ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.02 to 0.5"),
     ("--resume --out {run} --objective meap", 2, "--objective ntp to meap"), ("--resume --out {run}", 2, "all its 1"),
     ("--resume --out {empty}", 1, "ckpt.pt: no such checkpoint"), ("--out {run}", 2, "already holds a run")])
 def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys):
     run = tmp_path / "run"
     if "{run}" in arguments:
-        train.main([*base, "--steps", "1", "--out", str(run)])
+        train.main([*base, "--steps", "1", "--lr", "0.02", "--out", str(run)])
     flags = [] if "--resume" in arguments else [*base, "--out", str(tmp_path / "new")]
     before = sorted(tmp_path.rglob("*"))
     found, line, n_lines = refusal([*flags, *arguments.format(run=run, empty=tmp_path).split()], capsys)

@@ -1,0 +1,257 @@
+"""What evaluate.py asks: tasks made of held-out text, or read from the files of public benchmarks. No model in here.
+
+    infilling       text with a hole: Python functions whose doctests can judge what is put there   stdlib_problems
+    needle          ... text ...  tabomi = 4821  ... text ...  assert tabomi == [4821]               needle_prompts
+    multidoc        records = {'tabomi': 4821, 'kerasu': 7230, ...}  assert records['kerasu'] == [7230]
+    multineedle     ... a = 4821 ... b = a ... c = b ...  assert c == [4821]                        multineedle_prompts
+    choice          a function without its docstring, and four docstrings                           docstring_questions
+
+Everything is drawn from a seed, so that each checkpoint of one tokenizer gets the same questions. Readers raise
+ValueError with the line number where a file is damaged, OSError where there is none.
+"""
+import ast
+import gzip
+import json
+import sysconfig
+import zlib
+from collections import defaultdict
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import sandbox
+from data import EVALUATION_MODULES
+from objectives import split_middle
+
+
+class Problem(NamedTuple):
+    """An infilling problem as the public benchmarks have them: text[start:end] is the hole, the canonical solution."""
+    task_id: str           # kind/module/function/number
+    text: str
+    start: int
+    end: int
+    test: str = ""         # Python to run after the text
+    module: str = "__main__"
+    docstrings: dict = {}  # {name: docstring}, whose examples must then pass
+
+    def passes(self, completion):
+        """Whether the tests pass with the completion in the hole. Runs it, in the sandbox: a model wrote it."""
+        program = self.text[:self.start] + completion + self.text[self.end:] + self.test
+        return sandbox.run(program, self.module, self.docstrings).ok
+
+
+def functions_with_doctests():
+    """Yields (module, source, name, docstring, start, end, ran) for the functions and methods of EVALUATION_MODULES whose
+    docstrings hold examples that pass: where in the source the body behind the docstring stands, in characters, and
+    (start, end) of each of its lines that the examples run. Runs each module once, in the sandbox, as Python ships it."""
+    def with_examples(node, prefix=""):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef):
+                yield from with_examples(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.FunctionDef) and len(child.body) > 1 and ">>>" in (ast.get_docstring(child) or ""):
+                yield prefix + child.name, child
+
+    for file in tqdm(EVALUATION_MODULES, desc="infill: checking doctests", unit="module", leave=False):
+        text = Path(sysconfig.get_paths()["stdlib"], f"{file}.py").read_text("utf-8")
+        module, functions = file.removesuffix("/__init__"), dict(with_examples(ast.parse(text)))
+        docstrings = {name: node.body[0].value.value for name, node in functions.items()}
+        outcome = sandbox.run(text, module, docstrings, trace=True, timeout=60)
+        starts = list(accumulate(map(len, text.splitlines(keepends=True)), initial=0))
+        for name, node in functions.items():
+            if outcome.passed.get(name):
+                first, last = node.body[1].lineno, node.end_lineno
+                ran = [(starts[line - 1], starts[line]) for line in outcome.lines[name] if first <= line <= last]
+                yield module, text, name, docstrings[name], starts[first - 1], starts[last], ran
+
+
+def stdlib_problems(limit, seed, most=160):
+    """Problems made of the standard library's functions with doctests, at most limit of each kind, as list[Problem].
+
+    SingleLine: a line. MultiLine: two lines or more. RandomSpan: between two uniform characters of the body, up to ten a
+    function; RandomSpanLight: the first of them (FIM, section 2.2; claim 8). A hole has at most `most` characters, so
+    that a small context holds it, and starts in a line that the examples run, since they cannot judge another."""
+    rng, holes = np.random.default_rng(seed), defaultdict(list)
+    for module, text, name, docstring, start, end, ran in functions_with_doctests():
+        ends = [start + n for n in accumulate(map(len, text[start:end].splitlines(keepends=True)))]
+        spans = {"SingleLine": ran, "MultiLine": [(a, e) for a, b in ran for e in ends if e > b],
+                 "RandomSpan": np.sort(rng.integers(start, end + 1, (500, 2))).tolist()}
+        for kind, places in spans.items():
+            fitting = [(a, b) for a, b in places if 0 < b - a <= most and text[a:b].strip() and
+                       any(line <= a < line_end for line, line_end in ran)]
+            for number, (a, b) in enumerate(fitting[:10] if kind == "RandomSpan" else fitting):
+                problem = Problem(f"{kind}Infilling/{module}/{name}/{number}", text, a, b, "", module, {name: docstring})
+                holes[kind].append(problem)
+                if kind == "RandomSpan" and number == 0:
+                    holes["Light"].append(problem._replace(task_id=f"RandomSpanInfillingLight/{module}/{name}/0"))
+    return [problems[i] for problems in holes.values() for i in rng.permutation(len(problems))[:limit]]
+
+
+def read_jsonl(path, flag, **types):
+    """Yields (line number, record) of a .jsonl or .jsonl.gz whose records have the fields that types names."""
+    number = 0
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    record = json.loads(line)
+                    for name, kind in types.items():
+                        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+                            raise TypeError(f'no field "{name}" of type {kind.__name__}')
+                    yield number, record
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{flag} {path}: line {number} is not JSON ({error})") from None
+    except TypeError as error:
+        raise ValueError(f"{flag} {path}: line {number} has {error}") from None
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{flag} {path}: cannot be read after line {number} ({error})") from None
+
+
+def read_problems(path):
+    """A file of the public HumanEval infilling benchmarks, .jsonl or .jsonl.gz, as list[Problem]."""
+    fields = ("task_id", "prompt", "suffix", "canonical_solution", "test", "entry_point")
+    return [Problem(r["task_id"], r["prompt"] + r["canonical_solution"] + r["suffix"], len(r["prompt"]),
+                    len(r["prompt"] + r["canonical_solution"]), f"\n\n{r['test']}\ncheck({r['entry_point']})\n")
+            for _, r in read_jsonl(path, "--problems", **dict.fromkeys(fields, str))]
+
+
+def cut_texts(stream, tok, n, n_tokens, seed):
+    """n held-out texts of about n_tokens tokens, cut at two uniform characters: (prefix, middle, suffix) as ids, together
+    at most n_tokens, the middle never empty."""
+    rng, cuts = np.random.default_rng(seed), []
+    for _ in range(50 * n if len(stream) > n_tokens else 0):
+        start = rng.integers(len(stream) - n_tokens)
+        ids = stream[start:start + n_tokens].tolist()
+        if tok.eot in ids:
+            continue
+        parts = [tok.encode(part) for part in split_middle(tok.decode(ids[tok.whole_characters(ids)]), rng)]
+        surplus = max(0, sum(map(len, parts)) - n_tokens)  # a token that was cut may encode longer
+        if parts[1] and len(parts[2]) >= surplus:
+            cuts.append((parts[0], parts[1], parts[2][:len(parts[2]) - surplus]))
+        if len(cuts) == n:
+            break
+    return cuts
+
+
+def invent(rng, n):
+    """n distinct names, such as tabomi, and n distinct values of four digits."""
+    names = {}
+    while len(names) < n:
+        names["".join(rng.choice(list(letters)) for letters in ("bdfgklmnprstvz", "aeiou") * 3)] = None
+    return list(names), (rng.choice(9000, n, replace=False) + 1000).astype(str).tolist()
+
+
+def hide(stream, tok, n_tokens, needles, question, rng):
+    """A prompt of n_tokens ids: held-out text with needles, {depth: line}, at the line ends nearest to these depths (0 to
+    1), then the question. None where a third of it would not be text."""
+    needles = {depth: tok.encode(line) for depth, line in sorted(needles.items())}
+    question = tok.encode(question)
+    n = n_tokens - len(question) - sum(map(len, needles.values()))
+    if n < n_tokens // 3 or len(stream) <= n:
+        return None
+    start = rng.integers(len(stream) - n)
+    text = stream[start:start + n].tolist()
+    ends = np.array([0, *(i for i, token in enumerate(text, 1) if tok.decode_bytes([token]).endswith(b"\n"))])
+    prompt, done = [], 0
+    for depth, line in needles.items():
+        place = max(done, int(ends[np.abs(ends - depth * n).argmin()]))
+        prompt, done = prompt + text[done:place] + line, place
+    return prompt + text[done:] + question
+
+
+DEPTHS = (0, 0.25, 0.5, 0.75, 1)
+ROOM = 8  # tokens for an answer, such as " 4821"
+
+
+def needle_prompts(block_size, tok, stream, limit, seed):
+    """Needle in a haystack, as ((length, depth), prompt ids, answer): one assignment in held-out text, asked for at its end.
+
+    limit prompts for each quarter of the context, spread over the depths."""
+    rng, made = np.random.default_rng(seed), []
+    for length in (block_size * quarter // 4 for quarter in (1, 2, 3, 4)):
+        for i in range(limit):
+            (name,), (value,) = invent(rng, 1)
+            depth = DEPTHS[i % len(DEPTHS)]
+            prompt = hide(stream, tok, length - ROOM, {depth: f"{name} = {value}\n"}, f"\nassert {name} ==", rng)
+            made += [((length, depth), prompt, f" {value}")] if prompt else []
+    return made
+
+
+def multidoc_prompts(block_size, tok, limit, seed):
+    """One record among k, as ((k, position), prompt ids, answer): the key-value task of Lost in the Middle (Liu et al.,
+    2023, section 4), positions from 1. k is 5, 10, 20, as far as the context goes; limit prompts each."""
+    rng, made = np.random.default_rng(seed), []
+    for k, positions in ((5, (1, 3, 5)), (10, (1, 5, 10)), (20, (1, 5, 10, 15, 20))):
+        for i in range(limit):
+            names, values = invent(rng, k)
+            position = positions[i % len(positions)]
+            records = "".join(f"    {name!r}: {value},\n" for name, value in zip(names, values))
+            prompt = tok.encode(f"records = {{\n{records}}}\nassert records[{names[position - 1]!r}] ==")
+            made += [((k, position), prompt, f" {values[position - 1]}")] if len(prompt) <= block_size - ROOM else []
+    return made
+
+
+def multineedle_prompts(block_size, tok, stream, limit, seed):
+    """Chains of two and three assignments in held-out text, as (hops, prompt ids, answer)."""
+    rng, made = np.random.default_rng(seed), []
+    for hops in (2, 3):
+        for _ in range(limit):
+            names, values = invent(rng, hops)
+            lines = [f"{name} = {source}\n" for name, source in zip(names, [values[0], *names])]
+            needles = dict(zip(np.sort(rng.random(hops)).tolist(), lines))
+            prompt = hide(stream, tok, block_size - ROOM, needles, f"\nassert {names[-1]} ==", rng)
+            made += [(hops, prompt, f" {values[0]}")] if prompt else []
+    return made
+
+
+def read_documents(path):
+    """A file of Lost in the Middle: list of (question, answers, texts, position of the gold one, from 1; 0 for none)."""
+    found = []
+    for number, r in read_jsonl(path, "--documents", question=str, answers=list, ctxs=list):
+        if not r["answers"] or not all(isinstance(answer, str) for answer in r["answers"]):
+            raise ValueError(f'--documents {path}: line {number}: expected "answers" to be texts')
+        if not all(isinstance(ctx, dict) and isinstance(ctx.get("text"), str) for ctx in r["ctxs"]):
+            raise ValueError(f'--documents {path}: line {number}: expected each of "ctxs" to have a "text"')
+        gold = [i for i, ctx in enumerate(r["ctxs"], 1) if ctx.get("isgold")]
+        texts = [f"Document [{i}](Title: {ctx.get('title', '')}) {ctx['text']}" for i, ctx in enumerate(r["ctxs"], 1)]
+        found.append((r["question"], r["answers"], texts, gold[0] if gold else 0))
+    return found
+
+
+def docstring_questions(stream, tok, limit, seed):
+    """(context, four choices, label): a held-out function without its docstring; which docstring's first line is its own?"""
+    functions, stream = [], np.asarray(stream)
+    for ids in np.split(stream, np.flatnonzero(stream == tok.eot) + 1):
+        text = tok.decode(ids.tolist())
+        try:
+            nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # no Python
+            continue
+        lines = text.splitlines(keepends=True)
+        for node in nodes:
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            if 20 <= len(first) <= 120 and len(node.body) > 1:
+                code = lines[node.lineno - 1:node.body[0].lineno - 1] + lines[node.body[0].end_lineno:node.end_lineno]
+                functions.append(("".join(code)[:600], node.name, first))
+    rng, questions = np.random.default_rng(seed), []
+    docstrings = sorted({first for _, _, first in functions})
+    for i in rng.permutation(len(functions))[:limit] if len(docstrings) >= 4 else ():
+        code, name, first = functions[i]
+        choices = [first, *rng.choice([other for other in docstrings if other != first], 3, replace=False).tolist()]
+        order = rng.permutation(4).tolist()
+        questions.append((f'{code}\n{name}.__doc__ = "', [choices[j] for j in order], order.index(0)))
+    return questions
+
+
+def read_questions(path):
+    """A .jsonl with context, choices and label (the number of the right choice, from 0): list of the three."""
+    found = []
+    for number, r in read_jsonl(path, "--questions", context=str, choices=list, label=int):
+        if not all(isinstance(choice, str) and choice for choice in r["choices"]):
+            raise ValueError(f'--questions {path}: line {number}: expected "choices" to be texts')
+        if not 0 <= r["label"] < len(r["choices"]):
+            raise ValueError(f'--questions {path}: line {number}: expected "label" to be 0 to {len(r["choices"]) - 1}')
+        found.append((r["context"], r["choices"], r["label"]))
+    return found
