@@ -15,12 +15,12 @@ import torch
 
 from objectives import mask_inputs
 
-# A question whose answer stands in the middle, after the paper's example: (context before, answer, context after, query).
-PASSAGE = ("Paris is the capital of France and lies on the river Seine. Its museums and its parks have many visitors. One of "
-           "its landmarks is known all over the world. ",
+# A question whose answer stands in the middle, like the paper's example: context before, answer, context after, query.
+PASSAGE = ("Paris is the capital of France and lies on the river Seine. Its museums and its parks have many visitors. "
+           "One of its landmarks is known all over the world. ",
            "The Eiffel Tower was built from 1887 to 1889 by the company of the engineer Gustave Eiffel. ",
-           "From the top one can see the whole city. At night it is lit by thousands of lamps, and there is a restaurant "
-           "on the first floor. ",
+           "From the top one can see the whole city. At night it is lit by thousands of lamps, and there is a "
+           "restaurant on the first floor. ",
            "Question: Who built the Eiffel Tower? Answer: It was built by")
 SEGMENTS = ("context before", "answer", "context after", "query")
 
@@ -37,7 +37,7 @@ def spelled_out(model):
 
 @torch.no_grad()
 def weights(model, idx):
-    """idx (B, T) -> every layer's and head's attention weights, (B, L, H, T, T); each row of the last axis sums to 1."""
+    """idx (B, T) -> the attention weights of every layer and head, (B, L, H, T, T): who looks, then at whom."""
     with spelled_out(model):
         model(idx)
     found = torch.stack([block.attn.weights for block in model.transformer.h], dim=1)
@@ -47,8 +47,8 @@ def weights(model, idx):
 
 
 def received(model, rows):
-    """rows (N, T) of ids -> Att (N, T): the attention that each position gets, a mean over layers, heads and the queries
-    that see it, in units of what it would get if each query looked at all it sees alike (1 everywhere)."""
+    """rows (N, T) of ids -> Att (N, T): the attention that each position gets, a mean over layers, heads and the
+    queries that see it, in units of what it would get if each query looked at all it sees alike (1 everywhere)."""
     T = rows.shape[1]
     device = next(model.parameters()).device
     sees = torch.arange(1, T + 1, device=device)
@@ -62,11 +62,11 @@ def received(model, rows):
 
 
 def masked_change(plain_model, masked_model, tok, stream, n, seed, mask_ratio=0.15):
-    """What masking changes, on n held-out windows: X_N, plain, read by one model, and X_M, masked, by the same or another.
+    """What masking changes, on n held-out windows: X_N, plain, read by one model; X_M, masked, by the same or another.
 
-    Returns arrays (n,): Att(X_N) summed over the masked positions and its fall to Att(X_M) there; the variance of
-    Att(X_N) over the others and its rise to that of Att(X_M). The sums of falls over the sums of the first is the paper's
-    decay, (Att(X_N[masked]) - Att(X_M[masked])) / Att(X_N[masked])."""
+    Returns arrays (n,): Att(X_N) summed over the masked positions, and its fall to Att(X_M) there; the variance of
+    Att(X_N) over the others, and its rise to that of Att(X_M). All falls over all of the first is the paper's decay,
+    (Att(X_N[masked]) - Att(X_M[masked])) / Att(X_N[masked])."""
     rng = np.random.default_rng(seed)
     T = min(plain_model.config.block_size, masked_model.config.block_size)
     starts = rng.integers(len(stream) - T, size=n) if len(stream) > T else []

@@ -226,7 +226,8 @@ def iter_documents(source, files=None, desc="reading"):
     """Yields the documents (str, never empty) of a source.
 
     A file that was named itself must be UTF-8 text, else ValueError; among many files those that are not are skipped,
-    and counted aloud (once: a later pass over the same files has another desc, the label of its progress bar). A .jsonl gives one document a line, from its "text" or "content"."""
+    and counted aloud (once: a later pass over the same files has another desc, the label of its progress bar). A .jsonl
+    gives one document a line, from its "text" or "content"."""
     files = files or source_files(source)
     skipped = []
     for path in tqdm(files, desc=desc, unit="file", leave=False, disable=len(files) < 2):

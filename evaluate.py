@@ -40,23 +40,23 @@ from sample import (Parser, best_first, collect, generate, infill_prompt, load_m
 def figure(values, weights=None, unit="%"):
     """A mean and its standard error: sum(values) / sum(weights), weights 1 by default.
 
-    The error is that of a ratio estimator, sqrt(n / (n-1) sum (v - mean w)^2) / sum(w), which for weights 1 is the usual
-    std / sqrt(n). Things that belong together (ten holes of one function) must come in as one value with its weight.
-    unit: "%" for shares (kept as 0 to 1), or what the table is to print."""
+    The error is a ratio estimator's, sqrt(n / (n-1) sum (v - mean w)^2) / sum(w); with weights 1 that is std / sqrt(n).
+    What belongs together (ten holes of one function) should come in as one value with its weight. unit: "%" for
+    shares (kept as 0 to 1), or what the table is to print. mean and se are None where there is nothing to tell."""
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     n, total = len(values), weights.sum()
     if not total:
         return {"mean": None, "se": None, "n": n, "unit": unit}
-    mean = values.sum() / total
+    mean = float(values.sum() / total)
     se = float(np.sqrt(n / (n - 1) * ((values - mean * weights) ** 2).sum()) / total) if n > 1 else None
-    return {"mean": float(mean), "se": se, "n": n, "unit": unit}
+    return {"mean": mean, "se": se, "n": n, "unit": unit}
 
 
 class Score(NamedTuple):
     """Arrays (n,), an entry for each token of a continuation, given all before it."""
     log_p: np.ndarray      # its log-probability, nats
-    likeliest: np.ndarray  # the id the model would have said; greedy decoding gives the text where all of them agree
+    likeliest: np.ndarray  # the id the model would have said
     watched: np.ndarray    # the log-probability of the watched id, nats
 
 
@@ -68,12 +68,13 @@ def score(model, pairs, watch=0, desc=None):
     are looked at only where they predict a token of a continuation. A prompt is never empty; what does not fit the
     context is cut off its left. Raises ValueError where a continuation alone does not fit."""
     block_size, device = model.config.block_size, next(model.parameters()).device
-    rows = [(list(prompt)[-max(1, block_size + 1 - len(continuation)):], list(continuation)) for prompt, continuation in pairs]
-    for prompt, continuation in rows:
-        if len(prompt) + len(continuation) > block_size + 1:
+    rows = []
+    for prompt, continuation in pairs:
+        if len(continuation) > block_size:
             raise ValueError(f"{len(continuation)} tokens to score do not fit the model's context of {block_size}")
+        rows.append((list(prompt)[-(block_size + 1 - len(continuation)):], list(continuation)))
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
-    most = min(8192, 2**28 // model.config.vocab_size)  # tokens in a batch: what fits a CPU's cache, and 1 GB of logits
+    most = min(8192, 2**28 // model.config.vocab_size)  # tokens in a batch: suits a CPU's cache; 1 GB of logits
     scores = [None] * len(rows)
     with tqdm(total=len(rows), desc=desc, unit="text", leave=False, disable=desc is None) as bar:
         while order:
@@ -81,16 +82,15 @@ def score(model, pairs, watch=0, desc=None):
             batch, order = order[:max(1, most // T)], order[max(1, most // T):]
             idx, targets = torch.zeros(len(batch), T, dtype=torch.long), torch.full((len(batch), T), IGNORE)
             for b, i in enumerate(batch):
-                prompt, continuation = rows[i]
-                end = len(prompt) + len(continuation) - 1
-                idx[b, :end] = torch.tensor((prompt + continuation)[:-1])
-                targets[b, end - len(continuation):end] = torch.tensor(continuation, dtype=torch.long)
-            logits = model(idx.to(device))[0]                                   # (B, T, V)
-            wanted = (targets != IGNORE).to(device)
+                ids, n = sum(rows[i], []), len(rows[i][1])
+                idx[b, :len(ids) - 1] = torch.tensor(ids[:-1])
+                targets[b, len(ids) - 1 - n:len(ids) - 1] = torch.tensor(rows[i][1], dtype=torch.long)
+            idx, targets = idx.to(device), targets.to(device)
+            logits, wanted = model(idx)[0], targets != IGNORE                   # (B, T, V), (B, T)
             log_p = F.log_softmax(logits[wanted].float(), dim=-1)               # (N, V), row after row
-            columns = (log_p.gather(1, targets.to(device)[wanted][:, None])[:, 0], log_p.argmax(-1), log_p[:, watch])
-            lengths = [len(rows[i][1]) for i in batch]
-            for i, *parts in zip(batch, *(column.cpu().split(lengths) for column in columns)):
+            columns = log_p.gather(1, targets[wanted][:, None])[:, 0], log_p.argmax(-1), log_p[:, watch]
+            columns = [column.cpu().split([len(rows[i][1]) for i in batch]) for column in columns]
+            for i, *parts in zip(batch, *columns):
                 scores[i] = Score(*(part.numpy().astype(np.float64) for part in parts))
             bar.update(len(batch))
     return scores
@@ -98,20 +98,20 @@ def score(model, pairs, watch=0, desc=None):
 
 @torch.no_grad()
 def continuations(model, tok, prompts, max_new_tokens, n=1, temperature=0.0, seed=1, desc=None):
-    """What the model says after each prompt: per prompt a list of n (ids, mean log-probability), as sample.collect has it.
-
-    Generation ends at <EOT>. Prompts of equal length share a batch, and the n samples of a prompt one pass over it."""
+    """What the model says after each prompt, up to <EOT>: for each a list of n (ids, mean log-probability), see
+    sample.collect. Prompts of equal length share a batch, the n samples of a prompt one pass over it."""
     device = next(model.parameters()).device
     by_length = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
-    size = max(1, (96 if device.type == "cpu" else 1024) // n)  # the keys and values of 96 rows are what a CPU likes best
+    size = max(1, (96 if device.type == "cpu" else 1024) // n)  # the keys and values of 96 rows suit a CPU best
     batches = [same[start:start + size] for same in by_length.values() for start in range(0, len(same), size)]
     out = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=desc, unit="prompt", leave=False, disable=desc is None) as bar:
         for number, batch in enumerate(batches):
             idx = torch.tensor([prompts[i] for i in batch], device=device)
-            samples = collect(generate(model, idx, max_new_tokens, temperature, stop=tok.eot, seed=seed + number, n=n), tok)
+            samples = collect(generate(model, idx, max_new_tokens, temperature, stop=tok.eot, seed=seed + number, n=n,
+                                       allowed=tok.eot + 1), tok)
             for b, i in enumerate(batch):
                 out[i] = samples[b * n:(b + 1) * n]
             bar.update(len(batch))
@@ -127,33 +127,37 @@ def bits(log_p):
 
 
 def bpb(model, tok, stream, n_windows=800):
-    """Bits per byte of held-out left-to-right text: the figure that compares objectives and vocabularies (FIM, claim 1).
+    """Bits per byte of held-out left-to-right text: compares objectives and vocabularies (FIM, section 2.1; claim 1).
 
     Evenly spaced windows of block_size tokens, as in train.bits_per_byte; <EOT>, which is no text, is left out."""
     T = model.config.block_size
-    starts = np.linspace(0, len(stream) - 1 - T, min(n_windows, (len(stream) - 1) // T)).astype(int) if len(stream) > T else []
-    windows = [stream[start:start + T + 1].tolist() for start in starts]
+    n = min(n_windows, (len(stream) - 1) // T)
+    windows = [stream[start:start + T + 1].tolist() for start in np.linspace(0, len(stream) - 1 - T, n).astype(int)]
     scores = score(model, [(ids[:1], ids[1:]) for ids in windows], desc="bpb")
     return {"left to right": figure([bits(s.log_p[tok.n_bytes[ids[1:]] > 0]) for s, ids in zip(scores, windows)],
                                     [n_bytes(tok, ids[1:]) for ids in windows], "bits/byte")}
 
 
 def middle_bpb(model, tok, stream, orders=ORDERS, spm_layout="swapped", limit=200, seed=1):
-    """Bits per byte of a middle that is given its prefix alone, or prefix and suffix; and of the whole text, left to right
-    or laid out as a FIM example, whose sentinels cost bits, too (FIM, section 4.1 and appendix; claim 7)."""
+    """Bits per byte of a middle that is given its prefix alone, or prefix and suffix; and of the whole text, left to
+    right, or laid out as a FIM example, whose sentinels cost bits, too (Bavarian et al., 2022; claim 7)."""
     cuts = cut_texts(stream, tok, limit, model.config.block_size - 4, seed)
     middles = [n_bytes(tok, middle) for _, middle, _ in cuts]
     texts = [n_bytes(tok, prefix + middle + suffix) for prefix, middle, suffix in cuts]
+    prompts = {"prefix alone": [prefix for prefix, _, _ in cuts]}
+    for order in orders:
+        prompts[order] = [fim_prompt(prefix, suffix, tok, order, spm_layout) for prefix, _, suffix in cuts]
     figures = {}
-    layouts = {"prefix alone": [prefix for prefix, _, _ in cuts]} | {
-        order: [fim_prompt(prefix, suffix, tok, order, spm_layout) for prefix, _, suffix in cuts] for order in orders}
-    for name, prompts in layouts.items():
-        scores = score(model, [([tok.eot], prompt + cut[1]) for prompt, cut in zip(prompts, cuts)], desc=f"middle_bpb {name}")
-        figures[f"middle, {name}"] = figure([bits(s.log_p[-len(cut[1]):]) for s, cut in zip(scores, cuts)], middles, "bits/byte")
+    for name, given in prompts.items():
+        pairs = [([tok.eot], prompt + middle) for prompt, (_, middle, _) in zip(given, cuts)]
+        scores = score(model, pairs, desc=f"middle_bpb, {name}")
+        cost = [bits(s.log_p[-len(middle):]) for s, (_, middle, _) in zip(scores, cuts)]
+        figures[f"middle, {name}"] = figure(cost, middles, "bits/byte")
         if name in orders:
             figures[f"text, {name}"] = figure([bits(s.log_p) for s in scores], texts, "bits/byte")
-    plain = score(model, [([tok.eot], tok.encode(tok.decode(p + m + s))) for p, m, s in cuts], desc="middle_bpb text")
-    return figures | {"text, left to right": figure([bits(s.log_p) for s in plain], texts, "bits/byte")}
+    plain = [([tok.eot], tok.encode(tok.decode(prefix + middle + suffix))) for prefix, middle, suffix in cuts]
+    cost = [bits(s.log_p) for s in score(model, plain, desc="middle_bpb, text")]
+    return figures | {"text, left to right": figure(cost, texts, "bits/byte")}
 
 
 def stopping(model, tok, stream, order="spm", spm_layout="swapped", limit=200, n=8, seed=1):
@@ -161,21 +165,24 @@ def stopping(model, tok, stream, order="spm", spm_layout="swapped", limit=200, n
     temperature 0.8, n times with the best kept (those that ended in <EOT> first, then the likeliest per token).
 
     120 tokens of prefix, 80 of suffix, at most 40 to fill (in proportion, where the context is shorter); a model that
-    has not stopped after 48 has not found the end."""
+    has not stopped after 48 has not found the end. Stopping anywhere is easy, so count also how often what it filled
+    in is a whole line, as every true middle is."""
     scale = min(1, (model.config.block_size - 4) / 248)
     holes = single_line_holes(stream, tok, limit, seed, *(int(scale * size) for size in (120, 80, 40)))
     prompts = [fim_prompt(prefix, suffix, tok, order, spm_layout) for prefix, _, suffix in holes]
     truths = [middle + [tok.eot] for _, middle, _ in holes]
-    ends = score(model, list(zip(prompts, truths)), tok.eot, "stopping: P(<EOT>)")
+    ends = score(model, list(zip(prompts, truths)), tok.eot, "stopping, P(<EOT>)")
     most = int(scale * 48)
-    greedy = [samples[0] for samples in continuations(model, tok, prompts, most, desc="stopping: greedy")]
+    greedy = [samples[0] for samples in continuations(model, tok, prompts, most, desc="stopping, greedy")]
     best = [max(samples, key=lambda sample: (sample[0][-1] == tok.eot, sample[1]))
-            for samples in continuations(model, tok, prompts, most, n, 0.8, seed, f"stopping: best of {n}")]
+            for samples in continuations(model, tok, prompts, most, n, 0.8, seed, f"stopping, best of {n}")]
     figures = {}
     for name, samples in (("greedy", greedy), (f"best of {n}", best)):
-        figures[f"{name} ends in <EOT>"] = figure([ids[-1] == tok.eot for ids, _ in samples])
-        figures[f"{name} exact match"] = figure([
-            ids[-1] == tok.eot and tok.decode(ids) == tok.decode(truth) for (ids, _), truth in zip(samples, truths)])
+        ended = [ids[-1] == tok.eot for ids, _ in samples]
+        texts = [tok.decode(ids) for ids, _ in samples]
+        figures[f"{name} ends in <EOT>"] = figure(ended)
+        figures[f"{name} ends in <EOT> after a line end"] = figure([e and t[-1:] == "\n" for e, t in zip(ended, texts)])
+        figures[f"{name} exact match"] = figure([e and t == tok.decode(u) for e, t, u in zip(ended, texts, truths)])
     elsewhere = [np.exp(s.watched[:-1]) for s in ends]
     return figures | {
         "P(<EOT>) at the true end": figure([math.exp(s.watched[-1]) for s in ends]),
@@ -183,49 +190,54 @@ def stopping(model, tok, stream, order="spm", spm_layout="swapped", limit=200, n
         "<EOT> likeliest at the true end": figure([s.likeliest[-1] == tok.eot for s in ends])}
 
 
-def pass_at_k(n, c, k):
-    """The chance that of k draws out of n samples, of which c pass, one passes: unbiased (Chen et al., 2021, equation 1)."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
 def infill(model, tok, problems, orders=("spm",), spm_layout="swapped", n=1, temperature=0.0, seed=1, run_tests=False,
            samples=None):
-    """Infilling benchmarks: exact match, edit similarity (difflib's ratio), the share that ended in <EOT> and, with
-    run_tests, pass@k over n samples (1, 10, 100, as far as n goes). Errors treat the holes of one function as one value.
+    """Infilling benchmarks (FIM, section 2.2; claims 2, 3, 8): exact match, edit similarity (difflib's ratio), the
+    share that ended in <EOT> and, with run_tests, pass@k over n samples, for k of 1, 10 and 100 up to n.
 
     Completions of at most a quarter of the context; one that did not end is cut where it begins to repeat the suffix.
-    samples: a list that gets {"task_id", "completion", "order"} for each completion, for the benchmarks' own harness."""
+    Errors take the holes of one function together. samples: a list that gets {"task_id", "completion", "order"}."""
     figures, reach = {}, 16 * model.config.block_size  # characters: many more than the context holds
     most = model.config.block_size // 4
     around = [(p.text[max(0, p.start - reach):p.start], p.text[p.end:p.end + reach]) for p in problems]
-    for order in orders:
+    truths = [p.text[p.start:p.end] for p in problems]
+    kinds = defaultdict(lambda: defaultdict(list))  # {kind: {function: [number of a problem]}}
+    for i, p in enumerate(problems):
+        kind, *function = p.task_id.split("/")[:3]
+        kinds[kind.replace("Infilling", "")]["/".join(function)].append(i)
+    for order in orders if problems else ():
         prompts = [tuple(infill_prompt(model, tok, *texts, most, order, spm_layout)) for texts in around]
         distinct = list(dict.fromkeys(prompts))
-        said = dict(zip(distinct, continuations(model, tok, distinct, most, n, temperature, seed, f"infill {order}")))
-        infills = [[best_first([s], tok, suffix)[0] for s in said[prompt]] for prompt, (_, suffix) in zip(prompts, around)]
+        said = dict(zip(distinct, continuations(model, tok, distinct, most, n, temperature, seed, f"infill, {order}")))
+        infills = [[best_first([sample], tok, suffix)[0] for sample in said[prompt]]
+                   for prompt, (_, suffix) in zip(prompts, around)]
         tests = [(p, fill.text) for p, fills in zip(problems, infills) for fill in fills]
         if samples is not None:
             samples += [{"task_id": p.task_id, "completion": text, "order": order} for p, text in tests]
-        measured = {"exact match": [[fill.text == p.text[p.start:p.end] for fill in fills]
-                                    for p, fills in zip(problems, infills)],
-                    "edit similarity": [[difflib.SequenceMatcher(None, fill.text, p.text[p.start:p.end], False).ratio()
-                                         for fill in fills] for p, fills in zip(problems, infills)],
-                    "ends in <EOT>": [[fill.ended == "eot" for fill in fills] for fills in infills]}
-        measured = {name: np.mean(values, axis=1) for name, values in measured.items()} if problems else {}
+
+        def mean_over_samples(measure):
+            return np.mean([[measure(fill, truth) for fill in fills] for fills, truth in zip(infills, truths)], axis=1)
+
+        measured = {"exact match": mean_over_samples(lambda fill, truth: fill.text == truth),
+                    "edit similarity": mean_over_samples(lambda fill, truth: difflib.SequenceMatcher(
+                        None, fill.text, truth, autojunk=False).ratio()),
+                    "ends in <EOT>": mean_over_samples(lambda fill, truth: fill.ended == "eot")}
         if run_tests:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                passed = list(tqdm(pool.map(lambda test: test[0].passes(test[1]), tests), f"infill {order}: running tests",
-                                   len(tests), unit="test", leave=False))
+                running = pool.map(lambda test: test[0].passes(test[1]), tests)
+                passed = list(tqdm(running, f"infill, {order}, tests", len(tests), unit="test", leave=False))
             counts = np.reshape(passed, (-1, n)).sum(axis=1).tolist()
             measured |= {f"pass@{k}": np.array([pass_at_k(n, c, k) for c in counts]) for k in (1, 10, 100) if k <= n}
-        kinds = defaultdict(lambda: defaultdict(list))  # {kind: {function: [number of problem]}}
-        for i, p in enumerate(problems):
-            kinds[p.task_id.split("/")[0]]["/".join(p.task_id.split("/")[1:3])].append(i)
         for kind, functions in kinds.items():
             for name, values in measured.items():
-                figures[f"{kind.replace('Infilling', '')} {order} {name}"] = figure(
-                    [values[i].sum() for i in functions.values()], [len(i) for i in functions.values()])
+                figures[f"{kind} {order} {name}"] = figure([values[i].sum() for i in functions.values()],
+                                                           [len(i) for i in functions.values()])
     return figures
+
+
+def pass_at_k(n, c, k):
+    """The chance that one of k draws passes, of n samples of which c do: unbiased (Chen et al., 2021, equation 1)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def recall(model, tok, prompts, answers, desc):
@@ -240,19 +252,22 @@ def recall(model, tok, prompts, answers, desc):
 
 def by(keys, values, unit="%"):
     """{key: figure of the values that have it}, keys in the order in which they come."""
-    return {key: figure([value for k, value in zip(keys, values) if k == key], unit=unit) for key in dict.fromkeys(keys)}
+    groups = defaultdict(list)
+    for key, value in zip(keys, values):
+        groups[key].append(value)
+    return {key: figure(group, unit=unit) for key, group in groups.items()}
 
 
 def needle(model, tok, stream, limit=200, seed=1):
-    """Needle in a haystack (MEAP, claim 9): the share of values recalled, by the length of the context in tokens, and the bits
-    that a value costs, 13.1 for a guess among 9,000. "grid" has each length and depth."""
+    """Needle in a haystack (MEAP, claim 9): the share of values recalled, by the length of the context in tokens, and
+    the bits that a value costs, 13.1 for a guess among 9,000. "grid" has each length and depth."""
     made = needle_prompts(model.config.block_size, tok, stream, limit, seed)
     cells, prompts, answers = zip(*made) if made else ((), (), ())
     right, cost = recall(model, tok, prompts, answers, "needle")
-    lengths = [length for length, _ in cells]
+    costs = by(cells, cost, "bits")
     return {"recalled": figure(right), "bits of the value": figure(cost, unit="bits"),
-            **{f"recalled at {length} tokens": f for length, f in by(lengths, right).items()},
-            "grid": [{"length": length, "depth": depth, "recalled": f, "bits": by(cells, cost, "bits")[length, depth]}
+            **{f"recalled at {length} tokens": f for length, f in by([cell[0] for cell in cells], right).items()},
+            "grid": [{"length": length, "depth": depth, "recalled": f, "bits": costs[length, depth]}
                      for (length, depth), f in by(cells, right).items()]}
 
 
@@ -262,11 +277,11 @@ def multidoc(model, tok, limit=200, seed=1):
     made = multidoc_prompts(model.config.block_size, tok, limit, seed)
     cells, prompts, answers = zip(*made) if made else ((), (), ())
     right, cost = recall(model, tok, prompts, answers, "multidoc")
-    counts = [k for k, _ in cells]
+    counts, by_cell = [k for k, _ in cells], by(cells, right)
     return {**{f"{k} records": f for k, f in by(counts, right).items()},
             **{f"{k} records, bits of the value": f for k, f in by(counts, cost, "bits").items()},
-            "grid": [{"records": k, "position": position, "recalled": f} for (k, position), f in by(cells, right).items()],
-            **{f"{k} records, answer at {position}": f for (k, position), f in by(cells, right).items()}}
+            **{f"{k} records, answer at {position}": f for (k, position), f in by_cell.items()},
+            "grid": [{"records": k, "position": position, "recalled": f} for (k, position), f in by_cell.items()]}
 
 
 def multidoc_file(model, tok, documents):
@@ -295,7 +310,7 @@ def plain_words(text):
 
 
 def multineedle(model, tok, stream, limit=200, seed=1):
-    """Multi-needle reasoning (MEAP, claim 11): the share of values recalled through two or three assignments in a chain."""
+    """Multi-needle reasoning (MEAP, claim 11): the share of values recalled through a chain of two or three lines."""
     made = multineedle_prompts(model.config.block_size, tok, stream, limit, seed)
     hops, prompts, answers = zip(*made) if made else ((), (), ())
     right, cost = recall(model, tok, prompts, answers, "multineedle")
@@ -304,11 +319,12 @@ def multineedle(model, tok, stream, limit=200, seed=1):
 
 
 def choice(model, tok, questions, name="right"):
-    """Multiple choice over (context, choices, label): the share where the right choice has the highest mean log-probability
-    per token. Where c choices tie, the right one among them counts 1 / c: a model that knows nothing scores chance."""
-    pairs = [(tok.encode(context) or [tok.eot], tok.encode(text)) for context, choices, _ in questions for text in choices]
-    means = iter([s.log_p.mean() for s in score(model, pairs, desc="choice")])
-    right = []
+    """Multiple choice over (context, choices, label): the share where the right choice has the highest mean
+    log-probability per token. Where c choices tie, the right one among them counts 1 / c, so that knowing nothing
+    scores chance."""
+    asked = [(context, text) for context, choices, _ in questions for text in choices]
+    pairs = [(tok.encode(context) or [tok.eot], tok.encode(text)) for context, text in asked]
+    means, right = iter([s.log_p.mean() for s in score(model, pairs, desc="choice")]), []
     for _, choices, label in questions:
         likelihoods = np.array([next(means) for _ in choices])
         best = np.isclose(likelihoods, likelihoods.max(), rtol=0, atol=1e-9)
@@ -317,9 +333,10 @@ def choice(model, tok, questions, name="right"):
 
 
 def attention(model, tok, stream, reference=None, limit=50, seed=1, segments=PASSAGE):
-    """Where the model looks (MEAP, claim 14; attention.py says how each is measured): decay and rise in variance as inputs
-    are masked, within the model and, with a reference, from the reference's plain inputs to this model's masked ones, as
-    the paper has NTP and MEAP; the shares of the last token's attention, errors over heads. "heatmap": one head's weights."""
+    """Where the model looks (MEAP, claim 14; attention.py says how each is measured): the decay, and the rise in
+    variance, as inputs are masked, within the model and, with a reference, from the reference's plain inputs to this
+    model's masked ones, as the paper has NTP and MEAP; the shares of the last token's attention, errors over heads.
+    "heatmap": one head's weights."""
     figures = {}
     for name, other in (("within the model", model), ("from the first, plain", reference)):
         if other is not None:
@@ -331,33 +348,22 @@ def attention(model, tok, stream, reference=None, limit=50, seed=1, segments=PAS
     return figures | {"heatmap": heatmap(model, tok, segments)}
 
 
-def infill_task(model, tok, args):
-    samples = []
-    figures = infill(model, tok, args.problems, args.orders, args.spm_layout, args.n, args.temperature, args.seed,
-                     args.run_tests, samples)
-    for order in args.orders:  # the form that the benchmarks' own harness scores
-        path = args.out / f"samples-{args.name}-{order}.jsonl"
-        path.write_text("".join(json.dumps({"task_id": s["task_id"], "completion": s["completion"]}) + "\n"
-                                for s in samples if s["order"] == order))
-    return figures
-
-
-# What each task is given: model, tok and the settings of main. A model that never saw a gap has no orders.
+# What each task is given: model, tok and main's settings. A model that never saw a gap has no orders.
 TASKS = {
-    "bpb": lambda model, tok, args: bpb(model, tok, args.stream, 4 * args.limit),
-    "middle_bpb": lambda model, tok, args: middle_bpb(model, tok, args.stream, args.orders, args.spm_layout, args.limit,
-                                                      args.seed),
-    "stopping": lambda model, tok, args: stopping(model, tok, args.stream, args.orders[-1], args.spm_layout, args.limit,
-                                                  seed=args.seed) if args.orders else {},
-    "infill": infill_task,
-    "needle": lambda model, tok, args: needle(model, tok, args.stream, args.limit, args.seed),
-    "multidoc": lambda model, tok, args: multidoc(model, tok, args.limit, args.seed) | (
-        multidoc_file(model, tok, args.documents) if args.documents else {}),
-    "multineedle": lambda model, tok, args: multineedle(model, tok, args.stream, args.limit, args.seed),
-    "choice": lambda model, tok, args: choice(
-        model, tok, docstring_questions(args.stream, tok, args.limit, args.seed), "docstring of a function") | (
-        choice(model, tok, args.questions, "file: right") if args.questions else {}),
-    "attention": lambda model, tok, args: attention(model, tok, args.stream, args.reference, args.limit // 4, args.seed),
+    "bpb": lambda model, tok, a: bpb(model, tok, a.stream, 4 * a.limit),
+    "middle_bpb": lambda model, tok, a: middle_bpb(model, tok, a.stream, a.orders, a.spm_layout, a.limit, a.seed),
+    "stopping": lambda model, tok, a: stopping(model, tok, a.stream, a.orders[-1], a.spm_layout, a.limit,
+                                               seed=a.seed) if a.orders else {},
+    "infill": lambda model, tok, a: infill(model, tok, a.problems, a.orders, a.spm_layout, a.n, a.temperature, a.seed,
+                                           a.run_tests, a.samples),
+    "needle": lambda model, tok, a: needle(model, tok, a.stream, a.limit, a.seed),
+    "multidoc": lambda model, tok, a: multidoc(model, tok, a.limit, a.seed) | (
+        multidoc_file(model, tok, a.documents) if a.documents else {}),
+    "multineedle": lambda model, tok, a: multineedle(model, tok, a.stream, a.limit, a.seed),
+    "choice": lambda model, tok, a: choice(
+        model, tok, docstring_questions(a.stream, tok, a.limit, a.seed), "docstring of a function") | (
+        choice(model, tok, a.questions, "file: right") if a.questions else {}),
+    "attention": lambda model, tok, a: attention(model, tok, a.stream, a.reference, -(-a.limit // 4), a.seed),
 }
 
 
@@ -379,68 +385,77 @@ def table(results):
                                for i, (part, width) in enumerate(zip(line, widths))) for line in lines)
 
 
-@one_line_errors
-def main(arguments=None):
+def read_arguments(arguments):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", nargs="+", metavar="DIR", help="folders of runs (default: the newest under out/); an NTP run "
-                        "that comes first is what attention compares the others with")
+    parser.add_argument("--ckpt", nargs="+", metavar="DIR", help="folders of runs (default: the newest under out/); "
+                        "if the first was trained without masks, attention compares the others with it")
     parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK", help=f"all, or of {', '.join(TASKS)}")
-    parser.add_argument("--limit", type=int, help="about how many examples each task takes (default 200; files: all)")
+    parser.add_argument("--limit", type=int, help="about how many examples each task takes (default 200; of files all)")
     parser.add_argument("--seed", type=int, default=1, help="decides the examples (default 1)")
-    parser.add_argument("--data", help="make examples of this source's held-out part (default: what the first learned from)")
+    parser.add_argument("--data", help="whose held-out part to use (default: what the first was trained on)")
     parser.add_argument("--cache-dir", default="cache", help="folder of tokenised corpora (default cache)")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, help="layouts of infills (default: those trained on)")
     parser.add_argument("--n", type=int, default=1, help="infill: completions of each problem, for pass@k (default 1)")
-    parser.add_argument("--temperature", type=float, help="infill: 0 is greedy (default: 0 for one completion, 0.8 for more)")
-    parser.add_argument("--run-tests", action="store_true", help="infill: run what the model wrote against the tests, in a "
-                        "process with limits (sandbox.py says which): a guard against accidents, not against malice")
-    parser.add_argument("--problems", metavar="F", help="infill: a file of the HumanEval infilling benchmarks, .jsonl[.gz]")
-    parser.add_argument("--documents", metavar="F", help="multidoc: a file of Lost in the Middle, .jsonl[.gz]")
-    parser.add_argument("--questions", metavar="F", help="choice: a .jsonl[.gz] with context, choices and label")
-    parser.add_argument("--out", default="out/eval", metavar="DIR", help="for results.json and samples (default out/eval)")
+    parser.add_argument("--temperature", type=float, help="infill: 0 is greedy (default: 0 if --n is 1, else 0.8)")
+    parser.add_argument("--run-tests", action="store_true", help="infill: run what the model wrote, in a process with "
+                        "limits (see sandbox.py): a guard against accidents, not against malice")
+    parser.add_argument("--problems", metavar="F", help="infill: a file of the HumanEval infilling benchmarks")
+    parser.add_argument("--documents", metavar="F", help="multidoc: a file of Lost in the Middle")
+    parser.add_argument("--questions", metavar="F", help="choice: a file with context, choices and label")
+    parser.add_argument("--out", default="out/eval", metavar="DIR", help="for results.json, samples (default out/eval)")
     parser.add_argument("--figures", metavar="DIR", help="draw PNGs there; needs matplotlib")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
+    for task in args.tasks:
+        check_choice("--tasks", task, ("all", *TASKS))
+    args.tasks = list(TASKS) if "all" in args.tasks else args.tasks
     check_range("--limit", args.limit or 1, 1, 10**6)
     check_range("--seed", args.seed, 0, 2**31)
     check_range("--n", args.n, 1, 1000)
-    for task in args.tasks:
-        check_choice("--tasks", task, ("all", *TASKS))
-    tasks = TASKS if "all" in args.tasks else args.tasks
-    if args.figures:
-        pyplot()
-    device, asked, args.out, args.reference, results = pick_device(args.device), args.orders, Path(args.out), None, {}
     if args.temperature is None:
         args.temperature = 0.0 if args.n == 1 else 0.8
+    check_range("--temperature", args.temperature, 0, 100)
+    args.device = pick_device(args.device)
+    if args.figures:
+        pyplot()
+    return args
+
+
+@one_line_errors
+def main(arguments=None):
+    args = read_arguments(arguments)
     args.documents = read_documents(args.documents)[:args.limit] if args.documents else []
     args.questions = read_questions(args.questions)[:args.limit] if args.questions else []
     if args.problems:
         args.problems = read_problems(args.problems)[:args.limit]
-    elif "infill" in tasks:
+    elif "infill" in args.tasks:
         args.problems = stdlib_problems(args.limit or 200, args.seed)
     args.limit = args.limit or 200
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    out, first, asked, results = Path(args.out), None, args.orders, {}
+    out.mkdir(parents=True, exist_ok=True)
     for folder in args.ckpt or [newest_run()]:
-        model, tok, checkpoint = load_model(folder, device)
+        model, tok, checkpoint = load_model(folder, args.device)
         objective = checkpoint["objective"]
         args.data = args.data or checkpoint["config"]["data"]
         _, _, args.stream = prepare(args.data, cache_dir=args.cache_dir, tok=tok)
-        args.spm_layout = objective["spm_layout"]
-        trained = [order for order, rate in (("psm", 1 - objective["spm_rate"]), ("spm", objective["spm_rate"])) if rate]
-        args.orders = (asked or trained) if objective["fim_rate"] else []
-        args.name = Path(folder).resolve().name
-        while args.name in results:
-            args.name += "'"
+        trained = (["psm"] if objective["spm_rate"] < 1 else []) + (["spm"] if objective["spm_rate"] else [])
+        args.orders, args.spm_layout = (asked or trained) if objective["fim_rate"] else [], objective["spm_layout"]
+        args.samples, args.reference = [], first[0] if first and first[1] == tok.to_dict() else None
         if not results and not objective["mask_ratio"]:
             first = model, tok.to_dict()
-        args.reference = first[0] if results and first and first[1] == tok.to_dict() else None
-        results[args.name] = {task: TASKS[task](model, tok, args) for task in tasks}
+        name = Path(folder).resolve().name
+        while name in results:
+            name += "'"
+        results[name] = {task: TASKS[task](model, tok, args) for task in args.tasks}
+        for order in args.orders if args.samples else ():  # the form that the benchmarks' own harness scores
+            (out / f"samples-{name}-{order}.jsonl").write_text("".join(
+                json.dumps({"task_id": s["task_id"], "completion": s["completion"]}) + "\n"
+                for s in args.samples if s["order"] == order))
     print(table(results))
-    path = args.out / "results.json"
-    path.write_text(json.dumps({"data": args.data, "limit": args.limit, "seed": args.seed, "results": results}, indent=1))
+    settings = {"data": args.data, "limit": args.limit, "seed": args.seed, "n": args.n, "temperature": args.temperature}
+    (out / "results.json").write_text(json.dumps(settings | {"results": results}, indent=1))
     drawn = draw(results, Path(args.figures)) if args.figures else []
-    print("written:", *(str(file) for file in (path, *drawn)), file=sys.stderr)
+    print("written:", *(str(path) for path in (out / "results.json", *drawn)), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def needle(plt, measured):
 
 def multidoc(plt, measured):
     counts = sorted({cell["records"] for figures in measured.values() for cell in figures["grid"]})
-    fig, axes = plt.subplots(1, len(counts), figsize=(1.5 + 2.8 * len(counts), 3.4), layout="constrained", squeeze=False,
-                             sharey=True)
+    fig, axes = plt.subplots(1, len(counts), figsize=(1.5 + 2.8 * len(counts), 3.4), layout="constrained",
+                             squeeze=False, sharey=True)
     for axis, k in zip(axes[0], counts):
         for number, (name, figures) in enumerate(measured.items()):
             cells = [cell for cell in figures["grid"] if cell["records"] == k]
@@ -88,8 +88,8 @@ def attention(plt, measured):
     width = 0.8 / len(measured)
     for number, (name, figures) in enumerate(measured.items()):
         places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(segments))]
-        axis.bar(places, [100 * figures[segment]["mean"] for segment in segments], width, label=name, capsize=3,
-                 yerr=[100 * (figures[segment]["se"] or 0) for segment in segments], color=COLOURS[number % len(COLOURS)])
+        means, errors = ([100 * (figures[segment][key] or 0) for segment in segments] for key in ("mean", "se"))
+        axis.bar(places, means, width, yerr=errors, label=name, capsize=3, color=COLOURS[number % len(COLOURS)])
     axis.set_xticks(range(len(segments)), [segment.removeprefix("share of ") for segment in segments])
     axis.set_ylabel("last token's attention, %")
     axis.grid(axis="y", alpha=0.3)

@@ -12,9 +12,11 @@ ValueError with the line number where a file is damaged, OSError where there is 
 import ast
 import gzip
 import json
+import os
 import sysconfig
 import zlib
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sandbox
-from data import EVALUATION_MODULES
+from data import EVALUATION_MODULES, split_lines
 from objectives import split_middle
 
 
@@ -43,50 +45,68 @@ class Problem(NamedTuple):
         return sandbox.run(program, self.module, self.docstrings).ok
 
 
-def functions_with_doctests():
-    """Yields (module, source, name, docstring, start, end, ran) for the functions and methods of EVALUATION_MODULES whose
-    docstrings hold examples that pass: where in the source the body behind the docstring stands, in characters, and
-    (start, end) of each of its lines that the examples run. Runs each module once, in the sandbox, as Python ships it."""
+def stdlib_problems(limit, seed, most=160):
+    """Problems made of the standard library's functions with doctests, at most limit of each kind, as list[Problem].
+
+    SingleLine: a line. MultiLine: two lines or more. RandomSpan: between two uniform characters of the body, up to ten
+    for each function; RandomSpanLight: the first of them (FIM, section 2.2; claim 8). A hole has at most `most`
+    characters, so that a small context holds it. It starts in a line that the doctests run, and they fail if it stays
+    empty: what they do not see they could not judge. All that runs here is Python's own code, and without its holes."""
+    rng, holes = np.random.default_rng(seed), defaultdict(list)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for functions in tqdm(pool.map(functions_with_doctests, EVALUATION_MODULES), "infill: checking doctests",
+                              len(EVALUATION_MODULES), unit="module", leave=False):
+            for module, text, name, docstring, start, end, ran in functions:
+                ends = [start + n for n in accumulate(map(len, split_lines(text[start:end])))]
+                spans = {"SingleLine": ran, "MultiLine": [(a, e) for a, b in ran for e in ends if e > b],
+                         "RandomSpan": np.sort(rng.integers(start, end + 1, (500, 2))).tolist()}
+                for kind, places in spans.items():
+                    fitting = [(a, b) for a, b in places if 0 < b - a <= most and text[a:b].strip() and
+                               any(line <= a < line_end for line, line_end in ran)]
+                    holes[kind] += [Problem(f"{kind}Infilling/{module}/{name}/{number}", text, a, b, "", module,
+                                            {name: docstring})
+                                    for number, (a, b) in enumerate(fitting[:10] if kind == "RandomSpan" else fitting)]
+        holes["Light"] = [p._replace(task_id=p.task_id.replace("Infilling/", "InfillingLight/"))
+                          for p in holes["RandomSpan"] if p.task_id.endswith("/0")]
+        chosen = [problems[i] for problems in holes.values() for i in rng.permutation(len(problems))[:limit]]
+        modules = {p.module: [q for q in chosen if q.module == p.module] for p in chosen}
+        needed = set()
+        for problems in tqdm(pool.map(that_need_filling, modules.values()), "infill: checking holes", len(modules),
+                             unit="module", leave=False):
+            needed.update(problems)
+        return [p for p in chosen if p.task_id in needed]
+
+
+def functions_with_doctests(file):
+    """A file of the standard library -> [(module, source, name, docstring, start, end, ran)], its functions and methods
+    whose docstrings hold examples that pass: where in the source the body behind the docstring stands, in characters,
+    and (start, end) of each of its lines that the examples run."""
     def with_examples(node, prefix=""):
         for child in node.body:
             if isinstance(child, ast.ClassDef):
                 yield from with_examples(child, f"{prefix}{child.name}.")
-            elif isinstance(child, ast.FunctionDef) and len(child.body) > 1 and ">>>" in (ast.get_docstring(child) or ""):
+            elif isinstance(child, ast.FunctionDef) and ">>>" in (ast.get_docstring(child) or "") and child.body[1:]:
                 yield prefix + child.name, child
 
-    for file in tqdm(EVALUATION_MODULES, desc="infill: checking doctests", unit="module", leave=False):
-        text = Path(sysconfig.get_paths()["stdlib"], f"{file}.py").read_text("utf-8")
-        module, functions = file.removesuffix("/__init__"), dict(with_examples(ast.parse(text)))
-        docstrings = {name: node.body[0].value.value for name, node in functions.items()}
-        outcome = sandbox.run(text, module, docstrings, trace=True, timeout=60)
-        starts = list(accumulate(map(len, text.splitlines(keepends=True)), initial=0))
-        for name, node in functions.items():
-            if outcome.passed.get(name):
-                first, last = node.body[1].lineno, node.end_lineno
-                ran = [(starts[line - 1], starts[line]) for line in outcome.lines[name] if first <= line <= last]
-                yield module, text, name, docstrings[name], starts[first - 1], starts[last], ran
+    text = Path(sysconfig.get_paths()["stdlib"], f"{file}.py").read_text("utf-8")
+    module, nodes, functions = file.removesuffix("/__init__"), dict(with_examples(ast.parse(text))), []
+    docstrings = {name: node.body[0].value.value for name, node in nodes.items()}
+    outcome = sandbox.run(text, module, docstrings, trace=True, timeout=60)
+    starts = list(accumulate(map(len, split_lines(text)), initial=0))
+    for name, node in nodes.items():
+        if outcome.passed.get(name):
+            first, last = node.body[1].lineno, node.end_lineno
+            ran = [(starts[line - 1], starts[line]) for line in outcome.lines[name] if first <= line <= last]
+            functions.append((module, text, name, docstrings[name], starts[first - 1], starts[last], ran))
+    return functions
 
 
-def stdlib_problems(limit, seed, most=160):
-    """Problems made of the standard library's functions with doctests, at most limit of each kind, as list[Problem].
-
-    SingleLine: a line. MultiLine: two lines or more. RandomSpan: between two uniform characters of the body, up to ten a
-    function; RandomSpanLight: the first of them (FIM, section 2.2; claim 8). A hole has at most `most` characters, so
-    that a small context holds it, and starts in a line that the examples run, since they cannot judge another."""
-    rng, holes = np.random.default_rng(seed), defaultdict(list)
-    for module, text, name, docstring, start, end, ran in functions_with_doctests():
-        ends = [start + n for n in accumulate(map(len, text[start:end].splitlines(keepends=True)))]
-        spans = {"SingleLine": ran, "MultiLine": [(a, e) for a, b in ran for e in ends if e > b],
-                 "RandomSpan": np.sort(rng.integers(start, end + 1, (500, 2))).tolist()}
-        for kind, places in spans.items():
-            fitting = [(a, b) for a, b in places if 0 < b - a <= most and text[a:b].strip() and
-                       any(line <= a < line_end for line, line_end in ran)]
-            for number, (a, b) in enumerate(fitting[:10] if kind == "RandomSpan" else fitting):
-                problem = Problem(f"{kind}Infilling/{module}/{name}/{number}", text, a, b, "", module, {name: docstring})
-                holes[kind].append(problem)
-                if kind == "RandomSpan" and number == 0:
-                    holes["Light"].append(problem._replace(task_id=f"RandomSpanInfillingLight/{module}/{name}/0"))
-    return [problems[i] for problems in holes.values() for i in rng.permutation(len(problems))[:limit]]
+def that_need_filling(problems):
+    """Problems of one module -> the task_ids of those whose doctests fail while the hole is empty."""
+    docstrings = {name: docstring for p in problems for name, docstring in p.docstrings.items()}
+    holes = {p.task_id: (p.start, p.end, *p.docstrings) for p in problems}
+    outcome = sandbox.run(problems[0].text, problems[0].module, docstrings, holes, timeout=60 + 2 * len(problems))
+    return [name for name, passed in outcome.passed.items() if not passed]
 
 
 def read_jsonl(path, flag, **types):
@@ -118,8 +138,8 @@ def read_problems(path):
 
 
 def cut_texts(stream, tok, n, n_tokens, seed):
-    """n held-out texts of about n_tokens tokens, cut at two uniform characters: (prefix, middle, suffix) as ids, together
-    at most n_tokens, the middle never empty."""
+    """n held-out texts cut at two uniform characters: (prefix, middle, suffix) as ids, together about n_tokens and
+    never more, the middle never empty."""
     rng, cuts = np.random.default_rng(seed), []
     for _ in range(50 * n if len(stream) > n_tokens else 0):
         start = rng.integers(len(stream) - n_tokens)
@@ -144,8 +164,8 @@ def invent(rng, n):
 
 
 def hide(stream, tok, n_tokens, needles, question, rng):
-    """A prompt of n_tokens ids: held-out text with needles, {depth: line}, at the line ends nearest to these depths (0 to
-    1), then the question. None where a third of it would not be text."""
+    """A prompt of n_tokens ids: held-out text with needles, {depth: line}, at the line ends nearest to these depths (0
+    to 1), then the question. None where not a third of it would be text."""
     needles = {depth: tok.encode(line) for depth, line in sorted(needles.items())}
     question = tok.encode(question)
     n = n_tokens - len(question) - sum(map(len, needles.values()))
@@ -166,7 +186,7 @@ ROOM = 8  # tokens for an answer, such as " 4821"
 
 
 def needle_prompts(block_size, tok, stream, limit, seed):
-    """Needle in a haystack, as ((length, depth), prompt ids, answer): one assignment in held-out text, asked for at its end.
+    """Needle in a haystack as ((length, depth), prompt ids, answer): an assignment in held-out text, asked for at the end.
 
     limit prompts for each quarter of the context, spread over the depths."""
     rng, made = np.random.default_rng(seed), []
@@ -181,7 +201,7 @@ def needle_prompts(block_size, tok, stream, limit, seed):
 
 def multidoc_prompts(block_size, tok, limit, seed):
     """One record among k, as ((k, position), prompt ids, answer): the key-value task of Lost in the Middle (Liu et al.,
-    2023, section 4), positions from 1. k is 5, 10, 20, as far as the context goes; limit prompts each."""
+    2023, section 3), positions from 1. k is 5, 10, 20, as far as the context goes; limit prompts each."""
     rng, made = np.random.default_rng(seed), []
     for k, positions in ((5, (1, 3, 5)), (10, (1, 5, 10)), (20, (1, 5, 10, 15, 20))):
         for i in range(limit):
@@ -207,7 +227,7 @@ def multineedle_prompts(block_size, tok, stream, limit, seed):
 
 
 def read_documents(path):
-    """A file of Lost in the Middle: list of (question, answers, texts, position of the gold one, from 1; 0 for none)."""
+    """A file of Lost in the Middle: list of (question, answers, texts, position of the gold one from 1, or 0)."""
     found = []
     for number, r in read_jsonl(path, "--documents", question=str, answers=list, ctxs=list):
         if not r["answers"] or not all(isinstance(answer, str) for answer in r["answers"]):
@@ -221,7 +241,7 @@ def read_documents(path):
 
 
 def docstring_questions(stream, tok, limit, seed):
-    """(context, four choices, label): a held-out function without its docstring; which docstring's first line is its own?"""
+    """(context, four choices, label): a held-out function without its docstring, and four first lines of docstrings."""
     functions, stream = [], np.asarray(stream)
     for ids in np.split(stream, np.flatnonzero(stream == tok.eot) + 1):
         text = tok.decode(ids.tolist())
@@ -229,7 +249,7 @@ def docstring_questions(stream, tok, limit, seed):
             nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # no Python
             continue
-        lines = text.splitlines(keepends=True)
+        lines = split_lines(text)
         for node in nodes:
             first = (ast.get_docstring(node) or "").partition("\n")[0]
             if 20 <= len(first) <= 120 and len(node.body) > 1:

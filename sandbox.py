@@ -3,10 +3,10 @@
     run("x = 1 + 1")                                    -> Outcome(ok=True, ...)
     run(source, "heapq", {"merge": docstring})          the source as module heapq, then the examples of the docstring
 
-The process has a time and a memory limit and an empty folder, and an audit hook (PEP 578) that refuses sockets, other
-processes, ctypes, writing outside the folder and any change to the file system. That is a guard against accidents: an
-endless loop, a hungry list, a stray open(..., "w"). It is no wall against malice, because code in the same process can
-undo what Python does, reading files is allowed, and there is no container around it. For code from strangers use one.
+The process has a time and a memory limit and an empty folder, and an audit hook (PEP 578) refuses sockets, other
+processes, ctypes, writing outside the folder and any other change to the file system. That is a guard against
+accidents: an endless loop, a hungry list, a stray open(..., "w"). It is no wall against malice: code in the same
+process can undo what Python does, and reading files is allowed. Code from strangers belongs in a container.
 """
 import json
 import math
@@ -16,29 +16,30 @@ import signal
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 OUTPUT = 2**20  # bytes that a program may print, or write into a file
-HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.getxattr", "os.listxattr", "os.putenv", "os.unsetenv")
 REFUSED = ("socket.", "subprocess.", "os.", "shutil.", "ctypes.", "pty.", "resource.", "signal.", "winreg.", "_winapi.")
+HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv")
 
 
 class Outcome(NamedTuple):
-    ok: bool        # the program ran to its end and every example of every docstring gave what it says
-    passed: dict    # {name of a docstring: did it}
-    lines: dict     # {name of a docstring: the program's lines that its examples ran}, where trace was asked for
+    ok: bool        # everything passed
+    passed: dict    # {name: did it}: the program, or each docstring, or each hole
+    lines: dict     # {name: the program's lines that its examples ran}, where trace was asked for
     why: str        # the end of what was printed, or which limit was met
 
 
-def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, memory=2**29):
-    """Runs the program (source text) under a module's name; then, in a fresh copy of it each, the docstrings' examples.
+def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29):
+    """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in it, each
+    in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without program[start:end].
 
     timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes of address
     space. Both hold where the system knows such limits. Whatever the program does, nothing is raised here."""
-    token = secrets.token_hex(16)
-    job = {"program": program, "module": module, "docstrings": docstrings or {}, "trace": trace, "timeout": timeout,
-           "memory": memory, "token": token}
+    if holes is None:
+        holes = {name: (0, 0, name) for name in docstrings or ()} or {"program": (0, 0, None)}
+    job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes, "trace": trace,
+           "timeout": timeout, "memory": memory, "token": secrets.token_hex(16)}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
         process = subprocess.Popen([sys.executable, "-I", "-B", __file__], stdin=subprocess.PIPE, stdout=output,
                                    stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
@@ -52,7 +53,7 @@ def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, m
                 process.kill()
                 process.wait()
         output.seek(0)
-        printed, _, verdict = output.read(2 * OUTPUT).decode("utf-8", "replace").partition(token)
+        printed, _, verdict = output.read(2 * OUTPUT).decode("utf-8", "replace").partition(job["token"])
     if not verdict:
         stopped = process.returncode in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
         why = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over" if stopped else ""
@@ -64,37 +65,49 @@ def run(program, module="__main__", docstrings=None, trace=False, timeout=5.0, m
 def child():
     """What the process does: reads the job, limits itself, runs it, and prints the token and the verdict last."""
     import doctest
+    import traceback
     import types
     job = json.loads(sys.stdin.buffer.read())
     limit(job["timeout"], job["memory"])
+    if len(job["holes"]) > 1 and hasattr(signal, "setitimer"):  # one endless loop must not take the others' time
+        signal.signal(signal.SIGPROF, out_of_time)
     sys.addaudithook(guard(os.path.realpath(os.getcwd())))
-    filename = f"<{job['module']}>"
-    code = compile(job["program"], filename, "exec")
-
-    def fresh_module():
-        module = sys.modules[job["module"]] = types.ModuleType(job["module"])
-        module.__file__ = filename
-        exec(code, module.__dict__)
-        return module
-
-    passed, lines, module = {}, {}, fresh_module()
-    for number, (name, docstring) in enumerate(job["docstrings"].items()):
-        module = fresh_module() if number else module
-        test = doctest.DocTestParser().get_doctest(docstring, dict(module.__dict__), name, None, 0)
-        ran = set()
+    name, filename, code, passed, lines = job["module"], f"<{job['module']}>", {}, {}, {}
+    for key, (start, end, docstring) in job["holes"].items():
+        ran = lines[key] = []
 
         def tracer(frame, event, _):
             if frame.f_code.co_filename != filename:
                 return None
-            ran.add(frame.f_lineno)
+            ran.append(frame.f_lineno)
             return tracer
 
-        sys.settrace(tracer if job["trace"] else None)
-        passed[name] = doctest.DocTestRunner(verbose=False).run(test).failed == 0
+        passed[key] = False
+        if len(job["holes"]) > 1 and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, 2, 2)
+        try:
+            if (start, end) not in code:
+                code = {(start, end): compile(job["program"][:start] + job["program"][end:], filename, "exec")}
+            module = sys.modules[name] = types.ModuleType(name)
+            module.__file__ = filename
+            exec(code[start, end], module.__dict__)
+            if docstring:
+                text = job["docstrings"][docstring]
+                test = doctest.DocTestParser().get_doctest(text, dict(module.__dict__), docstring, None, 0)
+                sys.settrace(tracer if job["trace"] else None)
+                passed[key] = doctest.DocTestRunner(verbose=False).run(test).failed == 0
+            else:
+                passed[key] = True
+        except (Exception, SystemExit):
+            traceback.print_exc()
         sys.settrace(None)
-        lines[name] = sorted(ran)
+        ran[:] = sorted(set(ran))
     sys.stdout = sys.__stdout__
     print(job["token"] + json.dumps([passed, lines]), flush=True)
+
+
+def out_of_time(*_):
+    raise TimeoutError("2 s of the CPU are over")
 
 
 def limit(seconds, memory):
@@ -103,8 +116,8 @@ def limit(seconds, memory):
         import resource
     except ImportError:  # Windows
         return
-    limits = {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT, "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}
-    for name, most in limits.items():
+    for name, most in {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT,
+                       "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}.items():
         try:
             resource.setrlimit(getattr(resource, name), (most, most))
         except (AttributeError, OSError, ValueError):
@@ -119,7 +132,8 @@ def guard(folder):
     def hook(event, args):
         if event == "open":
             path, _, flags = args
-            if flags & writing and (isinstance(path, int) or not os.path.realpath(os.fsdecode(path)).startswith(inside)):
+            if flags & writing and (isinstance(path, int) or
+                                    not os.path.realpath(os.fsdecode(path)).startswith(inside)):
                 raise PermissionError(f"refused here: writing {path!r}")
         elif event.startswith(REFUSED) and event not in HARMLESS:
             raise PermissionError(f"refused here: {event}")

@@ -111,18 +111,19 @@ def flag_of(name):
 def paper(n_layer, n_embd, n_head, lr, batch, params):
     """A size of the FIM paper (table 1: shape, learning rate, tokens in a batch, context 2048). It trained each on
     100 B tokens; the budget here is 20 tokens a parameter (Hoffmann et al., 2022)."""
-    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True, "tied": False, "token_shift": False,
-            "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr, "batch_size": 8, "grad_accum": batch // (8 * 2048),
-            "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1, "eval_every": 500, "save_every": 500}
+    return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True, "tied": False,
+            "token_shift": False, "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr, "batch_size": 8,
+            "grad_accum": batch // (8 * 2048), "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1,
+            "eval_every": 500, "save_every": 500}
 
 
 PRESETS = {
     "toy": {},
     "laptop": {"n_layer": 6, "n_head": 4, "n_embd": 160, "steps": 4400, "lr": 0.005, "warmup": 100, "eval_every": 440,
                "save_every": 220},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh",
-             "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3,
-             "warmup": 200, "final_lr": 0.1},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
+             "token_shift": False, "gelu": "tanh", "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16,
+             "steps": 5000, "lr": 2e-3, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},
     "xxs": paper(6, 384, 6, 1.6e-3, 2**19, 50_000_000),
     "xs": paper(8, 512, 8, 1.4e-3, 2**19, 77_000_000),
     "small": paper(12, 768, 12, 6e-4, 2**19, 164_000_000),
@@ -206,14 +207,7 @@ def train(config, checkpoint=None):
                 continue
 
             loss = total.item()
-            saving = done % config.save_every == 0 or last
-            if saving and math.isfinite(loss):  # a step may have thrown the weights out: never save what cannot predict
-                with torch.no_grad(), autocast:
-                    loss_after = forward(inputs, targets)[1].item()
-            if not math.isfinite(loss) or saving and not math.isfinite(loss_after):
-                kept = f"{out}/ckpt.pt keeps the last good state" if (out / "ckpt.pt").exists() else "nothing was saved yet"
-                raise OSError(f"the loss is {loss_after if math.isfinite(loss) else loss} at step {done}; {kept}; "
-                              f"try a lower --lr than {config.lr}")
+            stop_if_diverged(loss, done, config)
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
             logged, started = done, now
@@ -223,15 +217,21 @@ def train(config, checkpoint=None):
                     "tokens_per_s": round(speed)}
             if done % config.eval_every == 0 or done == config.steps:
                 final = done == config.steps
-                report = {"held_out_bpb": bits_per_byte(model, held_out, tok, config.eval_tokens * (4 if final else 1), autocast)}
-                tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte" if report["held_out_bpb"] else
-                           f"step {done}: the held-out text is shorter than a window")
+                n_tokens = config.eval_tokens * (4 if final else 1)
+                report = {"held_out_bpb": bits_per_byte(model, held_out, tok, n_tokens, autocast)}
+                if report["held_out_bpb"] is None:
+                    tqdm.write(f"step {done}: the held-out text is shorter than a window")
+                else:
+                    stop_if_diverged(report["held_out_bpb"], done, config)
+                    tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte")
                 if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=done)):
                     tqdm.write(show_infill(model, tok, objective, *hole[0]))
                 line |= report
                 started = time.perf_counter()
             metrics.write(line)
-            if saving:
+            if done % config.save_every == 0 or last:
+                with torch.no_grad(), autocast:  # this step may have thrown the weights out
+                    stop_if_diverged(forward(inputs, targets)[1].item(), done, config)
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
@@ -243,6 +243,13 @@ def train(config, checkpoint=None):
     else:
         print(f"done, saved in {out}; try: python sample.py --ckpt {out}")
     return report
+
+
+def stop_if_diverged(loss, step, config):
+    if not math.isfinite(loss):
+        saved = Path(config.out, "ckpt.pt")
+        kept = f"{saved} keeps the last good state" if saved.exists() else "nothing was saved yet"
+        raise OSError(f"the loss is {loss} at step {step}; {kept}; try a lower --lr than {config.lr}")
 
 
 def learning_rate(step, config):
@@ -261,17 +268,19 @@ def make_optimizers(model, config):
         in_block = name.startswith("transformer.h.") and config.optimizer == "muon"
         (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True)
+    betas = config.beta1, config.beta2
+    adamw = torch.optim.AdamW(groups, config.lr, betas, weight_decay=config.weight_decay, fused=True)
     if not hidden:
         return [adamw]
     return [adamw, torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def has_bf16(device):
-    """Whether bf16 arithmetic is native here: on CPUs with AVX512-BF16 or AMX a step takes half to two thirds the time."""
+    """Whether bf16 arithmetic is native here: on a CPU with AVX512-BF16 a step takes two thirds of its time in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    # torch.cpu.get_capabilities says it officially, but not yet in every torch that this runs on
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 @torch.no_grad()

@@ -198,7 +198,8 @@ def test_other_text_or_other_settings_get_another_cache(corpus, tok):
         return len(list(corpus[1].iterdir()))
 
     assert folders(corpus[0], "bpe", 400) == 1 == folders(corpus[0], "bpe", 400)
-    assert [folders(corpus[0], "bpe", 401), folders(corpus[0], "bytes"), folders(corpus[0], "bytes", tok=tok)] == [2, 3, 4]
+    assert folders(corpus[0], "bpe", 401) == 2
+    assert folders(corpus[0], "bytes") == 3 and folders(corpus[0], "bytes", tok=tok) == 4
     assert folders(corpus[0].rename(corpus[0].with_suffix(".txt")), "bytes") == 5, "the same bytes, read as other text"
     corpus[0].with_suffix(".txt").write_text("other")
     assert folders(corpus[0].with_suffix(".txt"), "bytes") == 6

@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from math import nan
+from math import log, nan
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,9 @@ def test_an_unknown_order_or_layout_is_refused(tok, order, layout, wrong):
 
 @pytest.mark.parametrize("field, value, expected", [
     *((field, value, "0 to 1") for field in ("fim_rate", "spm_rate", "mask_ratio") for value in (-0.1, 1.5, nan)),
-    ("spm_layout", "jont", "one of swapped, labelled, joint"), ("span", "word", "one of char, token, line"),
-    ("min_piece", 3, "8 to"), ("max_piece", 16, "32 to"), ("max_piece", -1, "32 to")])
+    ("spm_layout", "jont", "one of swapped, labelled, joint"), ("span", "word", "one of char, token, line, mixed"),
+    ("middle", "short", "one of uniform, log_uniform"), ("min_piece", 3, "8 to"), ("max_piece", 16, "32 to"),
+    ("max_piece", -1, "32 to")])
 def test_a_bad_field_is_named_with_its_value_and_what_is_expected(field, value, expected):
     with pytest.raises(ValueError, match=f"{field} {value}: expected {expected}"):
         Objective(**{field: value})
@@ -66,7 +67,7 @@ def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
 
     for _ in range(60):
         objective = OBJECTIVES.get(name) or Objective(
-            choice(0, 0.5, 1), choice(0, 0.5, 1), choice(*LAYOUTS), choice("char", "token", "line"),
+            choice(0, 0.5, 1), choice(0, 0.5, 1), choice(*LAYOUTS), choice("char", "token", "line", "mixed"),
             choice(0, 0.15, 0.6), choice("uniform", "log_uniform"), choice(8, 16, 32), choice(0, 64))
         tok, stream = choice(*corpora.values())
         (window, _), = windows(stream, 1, rng.integers(16, 300), rng.integers(10**6))
@@ -75,7 +76,7 @@ def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
         assert np.array_equal(window, before), "the window is left as it was"
 
 
-@pytest.mark.parametrize("span, name", [("char", "code"), ("token", "code"), ("line", "code"),
+@pytest.mark.parametrize("span, name", [("char", "code"), ("token", "code"), ("mixed", "code"), ("line", "code"),
                                         ("line", "code in bytes"), ("line", "languages")])
 def test_cuts_fall_where_span_allows_and_the_middle_survives_trimming(corpora, span, name):
     """Cut by lines, a middle that lost a token would no longer be whole lines."""
@@ -94,6 +95,7 @@ def test_cuts_fall_where_span_allows_and_the_middle_survives_trimming(corpora, s
                 assert parts[1] == tok.encode(middle.decode("utf-8")), "encoded on its own, as it will be in a prompt"
     assert all(at_lines) == (span == "line") and (span == "line" or all(at_tokens) == (span == "token"))
     assert len(trimmed) == 4, trimmed
+    assert span != "mixed" or 0.35 < np.mean(at_lines) < 0.65, "half each"
 
 
 def test_the_surplus_comes_off_the_end_of_the_suffix_then_off_the_start_of_the_prefix(corpora):
@@ -116,27 +118,33 @@ def test_the_surplus_comes_off_the_end_of_the_suffix_then_off_the_start_of_the_p
     assert abs(plain / 2000 - too_short) < 0.03
 
 
-def test_cuts_are_two_independent_uniform_positions():
+@pytest.mark.parametrize("middle", ["uniform", "log_uniform"])
+def test_cuts_are_uniform_or_the_middles_length_is_log_uniform(middle):
     counts, n, rng = Counter(), 20_000, np.random.default_rng(0)
     for _ in range(n):
-        prefix, middle, suffix = split_middle("abcdefghi", rng)
-        assert prefix + middle + suffix == "abcdefghi"
-        counts[len(prefix), len(prefix + middle)] += 1
-    expected = {(i, j): n / 100 * (1 if i == j else 2) for i in range(10) for j in range(i, 10)}
-    chi_square = sum((counts[cut] - e) ** 2 / e for cut, e in expected.items())
-    assert chi_square < 54 + 5 * 108 ** 0.5  # 54 degrees of freedom, five standard deviations
+        prefix, cut_out, suffix = split_middle("abcdefghi", rng, middle)
+        assert prefix + cut_out + suffix == "abcdefghi"
+        counts[len(prefix), len(prefix + cut_out)] += 1
+    cuts = [(i, j) for i in range(10) for j in range(i, 10)]
+    expected = {(i, j): n / 100 * (1 if i == j else 2) for i, j in cuts}  # any part may be empty
+    if middle == "log_uniform":  # a middle of k characters, 1 <= k < 9, stands in any of 10 - k places
+        expected = {(i, j): n * log((j - i + 1) / (j - i), 9) / (10 - j + i) for i, j in cuts if 0 < j - i < 9}
+    assert set(counts) == set(expected)
+    chi_square, freedom = sum((counts[cut] - e) ** 2 / e for cut, e in expected.items()), len(expected) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
 
 
 @pytest.mark.parametrize("rate", [0, 0.25, 0.5, 0.9, 1])
-def test_rates_are_shares_of_pieces(corpora, rate):
+def test_fim_rate_is_a_share_of_windows_and_spm_rate_a_share_of_examples(corpora, rate):
+    """A window is spared whole: plain text keeps its long context."""
     tok, stream = corpora["code in bytes"]
     first, plain = [], 0
-    for window, rng in windows(stream[stream != tok.eot], 500, T=99):  # one piece a window
-        ids = row_ids(Objective(rate, rate, "labelled", min_piece=100), window, tok, rng)
+    for window, rng in windows(stream[stream != tok.eot], 500, T=149):
+        ids = row_ids(Objective(rate, rate, "labelled", min_piece=16, max_piece=32), window, tok, rng)
         first += [example[0] for _, example in examples(ids, window, tok)]
         plain += np.array_equal(ids, window)
-    assert len(first) + plain == 500 and abs(len(first) / 500 - rate) < 0.08
-    assert abs(first.count(tok.suf) - rate * len(first)) < 45  # in SPM order
+    assert abs(plain / 500 - (1 - rate)) < 0.08 and (0 < rate < 1 or plain == 500 * (1 - rate))
+    assert abs(first.count(tok.suf) / max(1, len(first)) - rate) < 0.05  # in SPM order
 
 
 @pytest.mark.parametrize("low, high", [(8, 0), (8, 16), (32, 0), (32, 128), (64, 200), (40, 40)])
