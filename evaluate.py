@@ -240,14 +240,28 @@ def pass_at_k(n, c, k):
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def recall(model, tok, prompts, answers, desc):
-    """Arrays (n,): would greedy decoding give the answer (a text), 0 or 1; and the bits that the answer costs.
+def recall(model, tok, made, desc):
+    """[(cell, prompt ids, answer, another value)] -> the cells; whether greedy decoding would give the answer; whether the
+    model prefers it to the other value, as choice does; and the bits that it costs: four lists.
 
-    One pass each: it would if and only if every token of the answer is the likeliest after those before it."""
-    pairs = [(prompt, tok.encode(answer)) for prompt, answer in zip(prompts, answers)]
+    Greedy decoding gives an answer if and only if each of its tokens is the likeliest after those before it: one pass."""
+    cells, right, preferred, cost = [], [], [], []
+    pairs = [(prompt, tok.encode(text)) for _, prompt, *texts in made for text in texts]
     scores = score(model, pairs, desc=desc)
-    right = [float((s.likeliest == answer).all()) for s, (_, answer) in zip(scores, pairs)]
-    return np.array(right), np.array([bits(s.log_p) for s in scores])
+    for (cell, *_), (_, answer), s, other in zip(made, pairs[::2], scores[::2], scores[1::2]):
+        cells.append(cell)
+        right.append((s.likeliest == answer).all())
+        preferred.append(choose([s, other], 0))
+        cost.append(bits(s.log_p))
+    return cells, right, preferred, cost
+
+
+def choose(scores, label):
+    """1 where the labelled of some Scores has the highest mean log-probability per token, 0 where another has. Where c of
+    them tie, the right one among them counts 1 / c: knowing nothing scores chance."""
+    means = np.array([s.log_p.mean() for s in scores])
+    best = np.isclose(means, means.max(), rtol=0, atol=1e-9)
+    return best[label] / best.sum()
 
 
 def by(keys, values, unit="%"):
@@ -258,30 +272,28 @@ def by(keys, values, unit="%"):
     return {key: figure(group, unit=unit) for key, group in groups.items()}
 
 
-def needle(model, tok, stream, limit=200, seed=1):
-    """Needle in a haystack (MEAP, claim 9): the share of values recalled, by the length of the context in tokens, and
-    the bits that a value costs, 13.1 for a guess among 9,000. "grid" has each length and depth."""
-    made = needle_prompts(model.config.block_size, tok, stream, limit, seed)
-    cells, prompts, answers = zip(*made) if made else ((), (), ())
-    right, cost = recall(model, tok, prompts, answers, "needle")
-    costs = by(cells, cost, "bits")
-    return {"recalled": figure(right), "bits of the value": figure(cost, unit="bits"),
-            **{f"recalled at {length} tokens": f for length, f in by([cell[0] for cell in cells], right).items()},
-            "grid": [{"length": length, "depth": depth, "recalled": f, "bits": costs[length, depth]}
-                     for (length, depth), f in by(cells, right).items()]}
+def needle(model, tok, stream, limit=400, seed=1):
+    """Needle in a haystack (MEAP, claim 9): the share of values recalled, also by the length of the context in tokens; how
+    often the value is preferred to another (chance: half), and the bits that it costs. "grid": each length and depth."""
+    cells, right, preferred, cost = recall(model, tok, needle_prompts(model.config.block_size, tok, stream, limit, seed),
+                                           "needle")
+    by_length = by([length for length, _ in cells], right)
+    return {"recalled": figure(right), "preferred": figure(preferred), "bits of the value": figure(cost, unit="bits"),
+            **{f"recalled at {length} tokens": f for length, f in by_length.items()},
+            "grid": [{"length": length, "depth": depth, "recalled": f, "preferred": g} for ((length, depth), f), g in
+                     zip(by(cells, right).items(), by(cells, preferred).values())]}
 
 
 def multidoc(model, tok, limit=200, seed=1):
     """Multi-document question answering (MEAP, claim 10): the share of answers recalled, by the number of records and
-    the position, from 1, of the one that holds the answer; and the bits that an answer costs."""
-    made = multidoc_prompts(model.config.block_size, tok, limit, seed)
-    cells, prompts, answers = zip(*made) if made else ((), (), ())
-    right, cost = recall(model, tok, prompts, answers, "multidoc")
+    the position, from 1, of the one that holds the answer; and how often it is preferred to another record's value."""
+    cells, right, preferred, _ = recall(model, tok, multidoc_prompts(model.config.block_size, tok, limit, seed), "multidoc")
     counts, by_cell = [k for k, _ in cells], by(cells, right)
     return {**{f"{k} records": f for k, f in by(counts, right).items()},
-            **{f"{k} records, bits of the value": f for k, f in by(counts, cost, "bits").items()},
+            **{f"{k} records, preferred": f for k, f in by(counts, preferred).items()},
             **{f"{k} records, answer at {position}": f for (k, position), f in by_cell.items()},
-            "grid": [{"records": k, "position": position, "recalled": f} for (k, position), f in by_cell.items()]}
+            "grid": [{"records": k, "position": position, "recalled": f, "preferred": g} for ((k, position), f), g in
+                     zip(by_cell.items(), by(cells, preferred).values())]}
 
 
 def multidoc_file(model, tok, documents):
@@ -310,26 +322,20 @@ def plain_words(text):
 
 
 def multineedle(model, tok, stream, limit=200, seed=1):
-    """Multi-needle reasoning (MEAP, claim 11): the share of values recalled through a chain of two or three lines."""
-    made = multineedle_prompts(model.config.block_size, tok, stream, limit, seed)
-    hops, prompts, answers = zip(*made) if made else ((), (), ())
-    right, cost = recall(model, tok, prompts, answers, "multineedle")
-    return {**{f"{n} needles": f for n, f in by(hops, right).items()},
-            **{f"{n} needles, bits of the value": f for n, f in by(hops, cost, "bits").items()}}
+    """Multi-needle reasoning (MEAP, claim 11): the share of values recalled through a chain of two or three lines, and
+    how often the value is preferred to one outside the chain."""
+    numbers, right, preferred, _ = recall(
+        model, tok, multineedle_prompts(model.config.block_size, tok, stream, limit, seed), "multineedle")
+    return {**{f"{n} needles": f for n, f in by(numbers, right).items()},
+            **{f"{n} needles, preferred": f for n, f in by(numbers, preferred).items()}}
 
 
 def choice(model, tok, questions, name="right"):
-    """Multiple choice over (context, choices, label): the share where the right choice has the highest mean
-    log-probability per token. Where c choices tie, the right one among them counts 1 / c, so that knowing nothing
-    scores chance."""
+    """Multiple choice over (context, choices, label): the share where the right choice is the likeliest (see choose)."""
     asked = [(context, text) for context, choices, _ in questions for text in choices]
     pairs = [(tok.encode(context) or [tok.eot], tok.encode(text)) for context, text in asked]
-    means, right = iter([s.log_p.mean() for s in score(model, pairs, desc="choice")]), []
-    for _, choices, label in questions:
-        likelihoods = np.array([next(means) for _ in choices])
-        best = np.isclose(likelihoods, likelihoods.max(), rtol=0, atol=1e-9)
-        right.append(best[label] / best.sum())
-    return {name: figure(right)}
+    scores = iter(score(model, pairs, desc="choice"))
+    return {name: figure([choose([next(scores) for _ in choices], label) for _, choices, label in questions])}
 
 
 def attention(model, tok, stream, reference=None, limit=50, seed=1, segments=PASSAGE):
@@ -356,7 +362,7 @@ TASKS = {
                                                seed=a.seed) if a.orders else {},
     "infill": lambda model, tok, a: infill(model, tok, a.problems, a.orders, a.spm_layout, a.n, a.temperature, a.seed,
                                            a.run_tests, a.samples),
-    "needle": lambda model, tok, a: needle(model, tok, a.stream, a.limit, a.seed),
+    "needle": lambda model, tok, a: needle(model, tok, a.stream, 2 * a.limit, a.seed),
     "multidoc": lambda model, tok, a: multidoc(model, tok, a.limit, a.seed) | (
         multidoc_file(model, tok, a.documents) if a.documents else {}),
     "multineedle": lambda model, tok, a: multineedle(model, tok, a.stream, a.limit, a.seed),
@@ -376,8 +382,8 @@ def table(results):
         se = "" if f["se"] is None else f" ± {scale * f['se']:.{digits}f}"
         return f"{scale * f['mean']:.{digits}f}{se}"
 
-    rows = dict.fromkeys((task, name, f["unit"]) for tasks in results.values() for task, figures in tasks.items()
-                         for name, f in figures.items() if isinstance(f, dict) and "mean" in f)
+    rows = dict.fromkeys((task, name, f["unit"]) for task in TASKS for tasks in results.values()
+                         for name, f in tasks.get(task, {}).items() if isinstance(f, dict) and "mean" in f)
     lines = [("task", "", "", *results)]
     lines += [(*row, *(cell(tasks.get(row[0], {}).get(row[1])) for tasks in results.values())) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]

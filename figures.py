@@ -1,7 +1,7 @@
 """Draws what evaluate.py measured, from its results alone. matplotlib is wanted here and nowhere else.
 
-    needle.png       share of values recalled and bits of the value, context length x depth, for each checkpoint
-    multidoc.png     accuracy by the position of the record that holds the answer
+    needle.png       share of values recalled, and preferred to another, context length x depth, for each checkpoint
+    multidoc.png     the same by the position of the record that holds the answer
     attention.png    shares of the last token's attention on the four parts of a text
     head-NAME.png    one head's attention weights, tokens on the axes
 """
@@ -42,42 +42,45 @@ def draw(results, folder):
 
 
 def needle(plt, measured):
-    fig, axes = plt.subplots(2, len(measured), figsize=(1.2 + 2.9 * len(measured), 5.6), layout="constrained",
+    fig, axes = plt.subplots(2, len(measured), figsize=(1.6 + 2.9 * len(measured), 5.6), layout="constrained",
                              squeeze=False, sharex=True, sharey=True)
     for column, (name, figures) in enumerate(measured.items()):
         lengths, depths = (sorted({cell[key] for cell in figures["grid"]}) for key in ("length", "depth"))
-        for row, (key, scale, colours, top) in enumerate((("recalled", 100, "YlGn", 100), ("bits", 1, "YlGn_r", 16))):
-            values = {(cell["length"], cell["depth"]): scale * cell[key]["mean"] for cell in figures["grid"]}
+        for row, key in enumerate(("recalled", "preferred")):
+            values = {(cell["length"], cell["depth"]): 100 * cell[key]["mean"] for cell in figures["grid"]}
             grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
-            image = axes[row, column].imshow(grid, cmap=colours, vmin=0, vmax=top, aspect="auto")
+            axes[row, column].imshow(grid, cmap="YlGn", vmin=0, vmax=100, aspect="auto")
             for i, line in enumerate(grid):
                 for j, value in enumerate(line):
-                    axes[row, column].text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8)
+                    axes[row, column].text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=8,
+                                           color="white" if value > 70 else "black")
         axes[0, column].set_title(name)
-        axes[1, column].set(xlabel="context, tokens", xticks=range(len(lengths)), xticklabels=lengths)
-    for row, label in enumerate(("values recalled, %", "bits of the value (blind guess: 13.1)")):
-        axes[row, 0].set(ylabel="depth of the needle, %", yticks=range(len(depths)),
-                         yticklabels=[f"{100 * depth:.0f}" for depth in depths])
-        image = axes[row, -1].images[0]
-        fig.colorbar(image, ax=axes[row, :], label=label)
+        axes[1, column].set_xlabel("context, tokens")
+        axes[1, column].set_xticks(range(len(lengths)), lengths)
+    for row, label in enumerate(("recalled, %", "preferred to another value, %\n(chance: 50)")):
+        axes[row, 0].set_ylabel("depth of the needle, %")
+        axes[row, 0].set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
+        fig.colorbar(axes[row, -1].images[0], ax=axes[row, :], label=label)
     return fig
 
 
 def multidoc(plt, measured):
     counts = sorted({cell["records"] for figures in measured.values() for cell in figures["grid"]})
-    fig, axes = plt.subplots(1, len(counts), figsize=(1.5 + 2.8 * len(counts), 3.4), layout="constrained",
-                             squeeze=False, sharey=True)
-    for axis, k in zip(axes[0], counts):
+    fig, axes = plt.subplots(2, len(counts), figsize=(1.5 + 2.6 * len(counts), 5), layout="constrained", squeeze=False,
+                             sharex="col", sharey="row")
+    for column, k in enumerate(counts):
         for number, (name, figures) in enumerate(measured.items()):
             cells = [cell for cell in figures["grid"] if cell["records"] == k]
             positions = [cell["position"] for cell in cells]
-            axis.errorbar(positions, [100 * cell["recalled"]["mean"] for cell in cells],
-                          [100 * (cell["recalled"]["se"] or 0) for cell in cells], capsize=3, marker="o", label=name,
-                          color=COLOURS[number % len(COLOURS)])
-        axis.set(title=f"{k} records", xlabel="position of the answer's record", xticks=positions)
-        axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("answers recalled, %")
+            for axis, key in zip(axes[:, column], ("recalled", "preferred")):
+                means, errors = ([100 * (cell[key][part] or 0) for cell in cells] for part in ("mean", "se"))
+                axis.errorbar(positions, means, errors, capsize=3, marker="o", markersize=4, label=name,
+                              color=COLOURS[number % len(COLOURS)])
+                axis.grid(alpha=0.3)
+        axes[0, column].set_title(f"{k} records")
+        axes[1, column].set(xlabel="position of the answer", xticks=positions)
+    for axis, label in zip(axes[:, 0], ("recalled, %", "preferred to another\nrecord's value, %")):
+        axis.set(ylabel=label, ylim=(0, None))
     axes[0, -1].legend(fontsize=8)
     return fig
 

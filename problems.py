@@ -1,9 +1,9 @@
 """What evaluate.py asks: tasks made of held-out text, or read from the files of public benchmarks. No model in here.
 
     infilling       text with a hole: Python functions whose doctests can judge what is put there   stdlib_problems
-    needle          ... text ...  tabomi = 4821  ... text ...  assert tabomi == [4821]               needle_prompts
-    multidoc        records = {'tabomi': 4821, 'kerasu': 7230, ...}  assert records['kerasu'] == [7230]
-    multineedle     ... a = 4821 ... b = a ... c = b ...  assert c == [4821]                        multineedle_prompts
+    needle          ... text ...  tabomi = "kerasu"  ... text ...  assert tabomi == "               needle_prompts
+    multidoc        records = {"tabo": "kera", "mile": "vusa", ...}  assert records["mile"] == "    multidoc_prompts
+    multineedle     ... a = "kerasu"  ... b = a  ... c = b  ... text ...  assert c == "             multineedle_prompts
     choice          a function without its docstring, and four docstrings                           docstring_questions
 
 Everything is drawn from a seed, so that each checkpoint of one tokenizer gets the same questions. Readers raise
@@ -155,12 +155,12 @@ def cut_texts(stream, tok, n, n_tokens, seed):
     return cuts
 
 
-def invent(rng, n):
-    """n distinct names, such as tabomi, and n distinct values of four digits."""
+def invent(rng, n, syllables=3):
+    """n distinct names, such as tabomi; 70 ** syllables are possible."""
     names = {}
     while len(names) < n:
-        names["".join(rng.choice(list(letters)) for letters in ("bdfgklmnprstvz", "aeiou") * 3)] = None
-    return list(names), (rng.choice(9000, n, replace=False) + 1000).astype(str).tolist()
+        names["".join(rng.choice(list(letters)) for letters in ("bdfgklmnprstvz", "aeiou") * syllables)] = None
+    return list(names)
 
 
 def hide(stream, tok, n_tokens, needles, question, rng):
@@ -182,47 +182,49 @@ def hide(stream, tok, n_tokens, needles, question, rng):
 
 
 DEPTHS = (0, 0.25, 0.5, 0.75, 1)
-ROOM = 8  # tokens for an answer, such as " 4821"
+ROOM = 12  # tokens for an answer, such as kerasu"
 
 
 def needle_prompts(block_size, tok, stream, limit, seed):
-    """Needle in a haystack as ((length, depth), prompt ids, answer): an assignment in held-out text, asked for at the end.
-
-    limit prompts for each quarter of the context, spread over the depths."""
+    """Needle in a haystack, as ((length, depth), prompt ids, answer, another value): an assignment in held-out text,
+    asked for at its end. limit prompts, over quarters of the context and five depths."""
     rng, made = np.random.default_rng(seed), []
-    for length in (block_size * quarter // 4 for quarter in (1, 2, 3, 4)):
-        for i in range(limit):
-            (name,), (value,) = invent(rng, 1)
-            depth = DEPTHS[i % len(DEPTHS)]
-            prompt = hide(stream, tok, length - ROOM, {depth: f"{name} = {value}\n"}, f"\nassert {name} ==", rng)
-            made += [((length, depth), prompt, f" {value}")] if prompt else []
+    cells = [(block_size * quarter // 4, depth) for quarter in (1, 2, 3, 4) for depth in DEPTHS]
+    for i in range(limit):
+        length, depth = cells[i % len(cells)]
+        name, value, other = invent(rng, 3)
+        prompt = hide(stream, tok, length - ROOM, {depth: f'{name} = "{value}"\n'}, f'\nassert {name} == "', rng)
+        made += [((length, depth), prompt, f'{value}"', f'{other}"')] if prompt else []
     return made
 
 
 def multidoc_prompts(block_size, tok, limit, seed):
-    """One record among k, as ((k, position), prompt ids, answer): the key-value task of Lost in the Middle (Liu et al.,
-    2023, section 3), positions from 1. k is 5, 10, 20, as far as the context goes; limit prompts each."""
+    """One record among k, as ((k, position), prompt ids, answer, another record's value): the key-value task of Lost in
+    the Middle (Liu et al., 2023, section 3). k is 5, 10 and 20, as far as the context goes, with limit prompts each."""
     rng, made = np.random.default_rng(seed), []
     for k, positions in ((5, (1, 3, 5)), (10, (1, 5, 10)), (20, (1, 5, 10, 15, 20))):
         for i in range(limit):
-            names, values = invent(rng, k)
-            position = positions[i % len(positions)]
-            records = "".join(f"    {name!r}: {value},\n" for name, value in zip(names, values))
-            prompt = tok.encode(f"records = {{\n{records}}}\nassert records[{names[position - 1]!r}] ==")
-            made += [((k, position), prompt, f" {values[position - 1]}")] if len(prompt) <= block_size - ROOM else []
+            names = invent(rng, 2 * k, syllables=2)  # keys, then values
+            asked = positions[i % len(positions)] - 1
+            other = (asked + rng.integers(1, k)) % k
+            records = "".join(f'"{key}": "{value}",\n' for key, value in zip(names[:k], names[k:]))
+            prompt = tok.encode(f'records = {{\n{records}}}\nassert records["{names[asked]}"] == "')
+            if len(prompt) <= block_size - ROOM:
+                made.append(((k, asked + 1), prompt, f'{names[k + asked]}"', f'{names[k + other]}"'))
     return made
 
 
 def multineedle_prompts(block_size, tok, stream, limit, seed):
-    """Chains of two and three assignments in held-out text, as (hops, prompt ids, answer)."""
+    """A chain of two or three assignments in held-out text, as (number, prompt ids, answer, another value). That value
+    stands in the text, too, under another name, and limit prompts are made of each number."""
     rng, made = np.random.default_rng(seed), []
-    for hops in (2, 3):
+    for number in (2, 3):
         for _ in range(limit):
-            names, values = invent(rng, hops)
-            lines = [f"{name} = {source}\n" for name, source in zip(names, [values[0], *names])]
-            needles = dict(zip(np.sort(rng.random(hops)).tolist(), lines))
-            prompt = hide(stream, tok, block_size - ROOM, needles, f"\nassert {names[-1]} ==", rng)
-            made += [(hops, prompt, f" {values[0]}")] if prompt else []
+            value, other, other_name, *names = invent(rng, 3 + number)
+            lines = [f"{name} = {source}\n" for name, source in zip(names, [f'"{value}"', *names])]
+            needles = dict(zip(np.sort(rng.random(number)).tolist(), lines)) | {rng.random(): f'{other_name} = "{other}"\n'}
+            prompt = hide(stream, tok, block_size - ROOM, needles, f'\nassert {names[-1]} == "', rng)
+            made += [(number, prompt, f'{value}"', f'{other}"')] if prompt else []
     return made
 
 

@@ -66,7 +66,7 @@ class Config:
                              ("auto", "manual", "fused"))
     batch_size: int = setting(16, "rows in a batch", low=1)
     grad_accum: int = setting(1, "batches in a step", low=1)
-    steps: int = setting(1440, "optimiser steps", low=1)
+    steps: int = setting(1200, "optimiser steps", low=1)
     optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
     lr: float = setting(0.006, "peak learning rate", low=1e-12)
     warmup: int = setting(40, "steps of linear warm-up", low=0)
@@ -81,9 +81,9 @@ class Config:
     compile: bool = setting(False, "torch.compile the model")
     out: str = setting("", "folder of the run (default: out/OBJECTIVE, with a number where that is taken)")
     cache_dir: str = setting("cache", "folder of tokenised corpora")
-    eval_every: int = setting(360, "steps between evaluations", low=1)
+    eval_every: int = setting(300, "steps between evaluations", low=1)
     eval_tokens: int = setting(65536, "held-out tokens in an evaluation; the last takes four times as many", low=1)
-    save_every: int = setting(360, "steps between checkpoints", low=1)
+    save_every: int = setting(300, "steps between checkpoints", low=1)
 
     def __post_init__(self):
         check_choice("--preset", self.preset, PRESETS)
