@@ -217,9 +217,11 @@ def source_files(source):
 
 
 def _python_files(root, skip):
-    return sorted(Path(folder, name) for folder, subfolders, names in os.walk(root)
-                  for name in names if name.endswith(".py")
-                  and not skip.intersection(Path(folder).relative_to(root).parts))
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skip]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(files)
 
 
 def iter_documents(source, files=None, desc="reading"):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import PASSAGE, SEGMENTS, heatmap, masked_change, shares
-from data import prepare, single_line_holes
+from data import prepare, single_line_holes, split_lines
 from figures import draw, pyplot
 from objectives import IGNORE, ORDERS, check_choice, check_range, fim_prompt
 from problems import (cut_texts, docstring_questions, multidoc_prompts, multineedle_prompts, needle_prompts,
@@ -100,11 +100,12 @@ def score(model, pairs, watch=0, desc=None):
 def continuations(model, tok, prompts, max_new_tokens, n=1, temperature=0.0, seed=1, desc=None):
     """What the model says after each prompt, up to <EOT>: for each a list of n (ids, mean log-probability), see
     sample.collect. Prompts of equal length share a batch, the n samples of a prompt one pass over it."""
-    device = next(model.parameters()).device
+    device, config = next(model.parameters()).device, model.config
     by_length = defaultdict(list)
     for i, prompt in enumerate(prompts):
         by_length[len(prompt)].append(i)
-    size = max(1, (96 if device.type == "cpu" else 1024) // n)  # the keys and values of 96 rows suit a CPU best
+    most = 2**31 // (8 * config.n_layer * config.n_embd * config.block_size)  # rows whose keys and values fill 2 GB
+    size = max(1, min(most, 96 if device.type == "cpu" else 1024) // n)         # and what suits a CPU's cache
     batches = [same[start:start + size] for same in by_length.values() for start in range(0, len(same), size)]
     out = [None] * len(prompts)
     with tqdm(total=len(prompts), desc=desc, unit="prompt", leave=False, disable=desc is None) as bar:
@@ -166,7 +167,8 @@ def stopping(model, tok, stream, order="spm", spm_layout="swapped", limit=200, n
 
     120 tokens of prefix, 80 of suffix, at most 40 to fill (in proportion, where the context is shorter); a model that
     has not stopped after 48 has not found the end. Stopping anywhere is easy, so count also how often what it filled
-    in is a whole line, as every true middle is."""
+    in is a whole line, as every true middle is. And a line end is easily told from the rest of a line: whether the model
+    reads the suffix shows in P(<EOT>) at the same place before a suffix that does not go on there."""
     scale = min(1, (model.config.block_size - 4) / 248)
     holes = single_line_holes(stream, tok, limit, seed, *(int(scale * size) for size in (120, 80, 40)))
     prompts = [fim_prompt(prefix, suffix, tok, order, spm_layout) for prefix, _, suffix in holes]
@@ -184,10 +186,18 @@ def stopping(model, tok, stream, order="spm", spm_layout="swapped", limit=200, n
         figures[f"{name} ends in <EOT> after a line end"] = figure([e and t[-1:] == "\n" for e, t in zip(ended, texts)])
         figures[f"{name} exact match"] = figure([e and t == tok.decode(u) for e, t, u in zip(ended, texts, truths)])
     elsewhere = [np.exp(s.watched[:-1]) for s in ends]
-    return figures | {
+    figures |= {
         "P(<EOT>) at the true end": figure([math.exp(s.watched[-1]) for s in ends]),
         "P(<EOT>) elsewhere": figure([p.sum() for p in elsewhere], [len(p) for p in elsewhere]),
         "<EOT> likeliest at the true end": figure([s.likeliest[-1] == tok.eot for s in ends])}
+    suffixes = [suffix for _, _, suffix in holes]
+    for name, wrong in (("another hole's suffix", suffixes[1:] + suffixes[:1]),
+                        ("the suffix a line later", [tok.encode("".join(split_lines(tok.decode(suffix))[1:]))[:len(suffix)]
+                                                     for suffix in suffixes])):
+        prompts = [fim_prompt(prefix, suffix, tok, order, spm_layout) for (prefix, _, _), suffix in zip(holes, wrong)]
+        figures[f"P(<EOT>) there before {name}"] = figure(
+            [math.exp(s.watched[-1]) for s in score(model, list(zip(prompts, truths)), tok.eot, "stopping, control")])
+    return figures
 
 
 def infill(model, tok, problems, orders=("spm",), spm_layout="swapped", n=1, temperature=0.0, seed=1, run_tests=False,
@@ -241,10 +251,10 @@ def pass_at_k(n, c, k):
 
 
 def recall(model, tok, made, desc):
-    """[(cell, prompt ids, answer, another value)] -> the cells; whether greedy decoding would give the answer; whether the
-    model prefers it to the other value, as choice does; and the bits that it costs: four lists.
+    """[(cell, prompt ids, answer, another value)] -> the cells; whether greedy decoding would give the answer; whether
+    the model prefers it to the other value; and the bits that it costs: four lists.
 
-    Greedy decoding gives an answer if and only if each of its tokens is the likeliest after those before it: one pass."""
+    Greedy decoding gives an answer if and only if each of its tokens is the likeliest after those before it."""
     cells, right, preferred, cost = [], [], [], []
     pairs = [(prompt, tok.encode(text)) for _, prompt, *texts in made for text in texts]
     scores = score(model, pairs, desc=desc)
@@ -257,8 +267,8 @@ def recall(model, tok, made, desc):
 
 
 def choose(scores, label):
-    """1 where the labelled of some Scores has the highest mean log-probability per token, 0 where another has. Where c of
-    them tie, the right one among them counts 1 / c: knowing nothing scores chance."""
+    """1 where the labelled of some Scores has the highest mean log-probability per token, else 0. Where c of them tie,
+    the right one among them counts 1 / c: knowing nothing scores chance."""
     means = np.array([s.log_p.mean() for s in scores])
     best = np.isclose(means, means.max(), rtol=0, atol=1e-9)
     return best[label] / best.sum()
@@ -273,10 +283,10 @@ def by(keys, values, unit="%"):
 
 
 def needle(model, tok, stream, limit=400, seed=1):
-    """Needle in a haystack (MEAP, claim 9): the share of values recalled, also by the length of the context in tokens; how
-    often the value is preferred to another (chance: half), and the bits that it costs. "grid": each length and depth."""
-    cells, right, preferred, cost = recall(model, tok, needle_prompts(model.config.block_size, tok, stream, limit, seed),
-                                           "needle")
+    """Needle in a haystack (MEAP, claim 9): the share of values recalled, also by the length of the context in tokens;
+    how often the value is preferred to another (chance: half); the bits that it costs. "grid": by length and depth."""
+    made = needle_prompts(model.config.block_size, tok, stream, limit, seed)
+    cells, right, preferred, cost = recall(model, tok, made, "needle")
     by_length = by([length for length, _ in cells], right)
     return {"recalled": figure(right), "preferred": figure(preferred), "bits of the value": figure(cost, unit="bits"),
             **{f"recalled at {length} tokens": f for length, f in by_length.items()},
@@ -287,7 +297,8 @@ def needle(model, tok, stream, limit=400, seed=1):
 def multidoc(model, tok, limit=200, seed=1):
     """Multi-document question answering (MEAP, claim 10): the share of answers recalled, by the number of records and
     the position, from 1, of the one that holds the answer; and how often it is preferred to another record's value."""
-    cells, right, preferred, _ = recall(model, tok, multidoc_prompts(model.config.block_size, tok, limit, seed), "multidoc")
+    made = multidoc_prompts(model.config.block_size, tok, limit, seed)
+    cells, right, preferred, _ = recall(model, tok, made, "multidoc")
     counts, by_cell = [k for k, _ in cells], by(cells, right)
     return {**{f"{k} records": f for k, f in by(counts, right).items()},
             **{f"{k} records, preferred": f for k, f in by(counts, preferred).items()},
@@ -324,14 +335,14 @@ def plain_words(text):
 def multineedle(model, tok, stream, limit=200, seed=1):
     """Multi-needle reasoning (MEAP, claim 11): the share of values recalled through a chain of two or three lines, and
     how often the value is preferred to one outside the chain."""
-    numbers, right, preferred, _ = recall(
-        model, tok, multineedle_prompts(model.config.block_size, tok, stream, limit, seed), "multineedle")
+    made = multineedle_prompts(model.config.block_size, tok, stream, limit, seed)
+    numbers, right, preferred, _ = recall(model, tok, made, "multineedle")
     return {**{f"{n} needles": f for n, f in by(numbers, right).items()},
             **{f"{n} needles, preferred": f for n, f in by(numbers, preferred).items()}}
 
 
 def choice(model, tok, questions, name="right"):
-    """Multiple choice over (context, choices, label): the share where the right choice is the likeliest (see choose)."""
+    """Multiple choice over (context, choices, label): the share where the right one is the likeliest (see choose)."""
     asked = [(context, text) for context, choices, _ in questions for text in choices]
     pairs = [(tok.encode(context) or [tok.eot], tok.encode(text)) for context, text in asked]
     scores = iter(score(model, pairs, desc="choice"))

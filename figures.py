@@ -79,8 +79,9 @@ def multidoc(plt, measured):
                 axis.grid(alpha=0.3)
         axes[0, column].set_title(f"{k} records")
         axes[1, column].set(xlabel="position of the answer", xticks=positions)
-    for axis, label in zip(axes[:, 0], ("recalled, %", "preferred to another\nrecord's value, %")):
-        axis.set(ylabel=label, ylim=(0, None))
+        axes[1, column].axhline(50, color="black", linewidth=0.8, linestyle="--")
+    axes[0, 0].set(ylabel="recalled, %", ylim=(0, max(10, axes[0, 0].get_ylim()[1])))
+    axes[1, 0].set(ylabel="preferred to another\nrecord's value, %", ylim=(0, 105))
     axes[0, -1].legend(fontsize=8)
     return fig
 
@@ -105,7 +106,8 @@ def head(plt, name, heatmap):
     labels = [label.replace("\n", "⏎").replace(" ", "·") for label in heatmap["labels"]]
     size = 2 + 0.17 * len(labels)
     fig, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
-    image = axis.imshow(heatmap["weights"], cmap="magma_r", vmin=0)
+    past = [row[:i + 1] + [float("nan")] * (len(row) - i - 1) for i, row in enumerate(heatmap["weights"])]
+    image = axis.imshow(past, cmap="magma_r", vmin=0)
     for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
         set_ticks(range(len(labels)), labels, rotation=rotation, fontsize=6.5, family="monospace")
     axis.set(title=f"{name}, {heatmap['title']}", xlabel="looks at", ylabel="token")

@@ -124,7 +124,7 @@ def split_middle(text, rng, middle="uniform", places=None):
     """text -> (prefix, middle, suffix). text: a str or a list of ids; places: where it may be cut, by default anywhere.
 
     uniform: two uniform positions (FIM, section 3), so any part may be empty; a third of the text is middle on average.
-    log_uniform: the middle's length is 1 to all of it, short ones as often as long ones, and its place uniform."""
+    log_uniform: the middle's length is 1 to almost all of it, 1 to 9 as likely as 10 to 99, and its place uniform."""
     n = len(text) if places is None else len(places) - 1
     if middle == "uniform" or n == 0:
         first, second = sorted(rng.integers(0, n + 1, 2))

@@ -189,7 +189,7 @@ def needle_prompts(block_size, tok, stream, limit, seed):
     """Needle in a haystack, as ((length, depth), prompt ids, answer, another value): an assignment in held-out text,
     asked for at its end. limit prompts, over quarters of the context and five depths."""
     rng, made = np.random.default_rng(seed), []
-    cells = [(block_size * quarter // 4, depth) for quarter in (1, 2, 3, 4) for depth in DEPTHS]
+    cells = [(block_size * quarter // 4, depth) for depth in DEPTHS for quarter in (1, 2, 3, 4)]
     for i in range(limit):
         length, depth = cells[i % len(cells)]
         name, value, other = invent(rng, 3)
@@ -222,7 +222,8 @@ def multineedle_prompts(block_size, tok, stream, limit, seed):
         for _ in range(limit):
             value, other, other_name, *names = invent(rng, 3 + number)
             lines = [f"{name} = {source}\n" for name, source in zip(names, [f'"{value}"', *names])]
-            needles = dict(zip(np.sort(rng.random(number)).tolist(), lines)) | {rng.random(): f'{other_name} = "{other}"\n'}
+            needles = dict(zip(np.sort(rng.random(number)).tolist(), lines))
+            needles[rng.random()] = f'{other_name} = "{other}"\n'
             prompt = hide(stream, tok, block_size - ROOM, needles, f'\nassert {names[-1]} == "', rng)
             made += [(number, prompt, f'{value}"', f'{other}"')] if prompt else []
     return made

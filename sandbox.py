@@ -69,7 +69,8 @@ def child():
     import types
     job = json.loads(sys.stdin.buffer.read())
     limit(job["timeout"], job["memory"])
-    if len(job["holes"]) > 1 and hasattr(signal, "setitimer"):  # one endless loop must not take the others' time
+    many = len(job["holes"]) > 1 and hasattr(signal, "setitimer")
+    if many:  # one endless loop must not take the others' time
         signal.signal(signal.SIGPROF, out_of_time)
     sys.addaudithook(guard(os.path.realpath(os.getcwd())))
     name, filename, code, passed, lines = job["module"], f"<{job['module']}>", {}, {}, {}
@@ -83,9 +84,9 @@ def child():
             return tracer
 
         passed[key] = False
-        if len(job["holes"]) > 1 and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_PROF, 2, 2)
         try:
+            if many:
+                signal.setitimer(signal.ITIMER_PROF, 2, 2)
             if (start, end) not in code:
                 code = {(start, end): compile(job["program"][:start] + job["program"][end:], filename, "exec")}
             module = sys.modules[name] = types.ModuleType(name)
@@ -100,6 +101,8 @@ def child():
                 passed[key] = True
         except (Exception, SystemExit):
             traceback.print_exc()
+        if many:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         sys.settrace(None)
         ran[:] = sorted(set(ran))
     sys.stdout = sys.__stdout__

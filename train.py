@@ -96,7 +96,8 @@ class Config:
 
     def make_objective(self):
         """The preset of that name, with the fields that were given as flags."""
-        given = {f.name: getattr(self, f.name) for f in fields(Objective) if getattr(self, f.name) is not None}
+        given = {f.name: getattr(self, f.name, None) for f in fields(Objective)}
+        given = {name: value for name, value in given.items() if value is not None}
         try:
             return replace(OBJECTIVES[self.objective], **given)
         except ValueError as error:
@@ -119,8 +120,8 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 
 PRESETS = {
     "toy": {},
-    "laptop": {"n_layer": 6, "n_head": 4, "n_embd": 160, "steps": 4400, "lr": 0.005, "warmup": 100, "eval_every": 440,
-               "save_every": 220},
+    "laptop": {"n_layer": 6, "steps": 3600, "lr": 0.005, "warmup": 100, "eval_every": 450,
+               "save_every": 225},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
              "token_shift": False, "gelu": "tanh", "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16,
              "steps": 5000, "lr": 2e-3, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},

@@ -209,7 +209,7 @@ def runs(tmp_path_factory, documents):
     for objective in ("fim", "ntp"):
         train.main((f"--data {root}/text.py --cache-dir {root}/cache --out {root}/{objective} --objective {objective} "
                     "--steps 30 --vocab-size 400 --n-layer 1 --n-head 2 --n-embd 32 --block-size 128 --batch-size 4 "
-                    "--device cpu --eval-tokens 256").split())
+                    "--device cpu --eval-tokens 256 --dropout 0.1").split())
     return root
 
 
@@ -243,13 +243,16 @@ def test_the_command_line_continues_a_prompt(cli, runs):
     assert cli("--prompt", "if", "--n", "3", ckpt="ntp").out.count(" of 3, -") == 3
 
 
-def test_the_command_line_fills_a_hole(cli, runs, documents):
+def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
     model, tok, _ = sample.load_model(runs / "fim")
     hole = ["--prefix", PREFIX, "--suffix", SUFFIX.replace("\n", "\\n")]
-    for order in ("psm", "spm"):  # spm is the default, since the model knows it
+    orders, fim_prompt = [], sample.fim_prompt
+    monkeypatch.setattr(sample, "fim_prompt", lambda *args: orders.append(args[3]) or fim_prompt(*args))
+    for flags, order in ((["--order", "psm"], "psm"), (["--order", "spm"], "spm"), ([], "spm")):
+        shown = cli(*hole, *flags)
         best, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12, order=order)
-        shown = cli(*hole, "--order", order)
         assert shown.out == PREFIX + best.text + SUFFIX + "\n" and shown.err.count("\n") == 1
+        assert orders.pop() == orders.pop() == order  # the command line's, then ours
     assert cli(*hole).out == cli("--file", "draft.py").out == shown.out
     assert cli(*hole, "--stream").out.rstrip("\n") == best.text.rstrip("\n")
     assert cli("--suffix", "x").out.endswith("x\n") and cli("--prefix", "x").out.startswith("x")

@@ -112,7 +112,7 @@ def test_bits_per_byte_takes_windows_from_end_to_end_without_dropout(tok, stream
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_learns(objective, base, tmp_path):
-    train.main([*base, "--objective", objective, "--steps", "30", "--warmup", "5", "--lr", "0.01", "--out", str(tmp_path)])
+    train.main([*base, *f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}".split()])
     lines = metrics(tmp_path)
     assert abs(lines[0]["loss"] - math.log(400)) < 0.1  # it starts as a guess
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1]["held_out_bpb"] < 3.8
@@ -199,7 +199,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, base, tmp_path, capsys, monkeypatch):
     """The third update throws the weights out. Its own loss was still fine: a checkpoint made then would look good."""
     monkeypatch.setattr(train, "learning_rate", lambda step, config: 1e30 if step == 2 else 1e-3)
-    code, line, _ = refusal([*base, *f"--steps 20 --eval-every 3 --save-every {save_every} --out {tmp_path}".split()], capsys)
+    flags = f"--steps 20 --eval-every 3 --save-every {save_every} --out {tmp_path}"
+    code, line, _ = refusal([*base, *flags.split()], capsys)
     assert code == 1 and re.search("the loss is nan at step [34]", line) and metrics(tmp_path)[-1]["step"] <= 3
     if (tmp_path / "ckpt.pt").exists():
         model, tok, checkpoint = load_model(tmp_path)
