@@ -185,7 +185,7 @@ def shift_tokens(x, before):
 class CrossEntropy(torch.autograd.Function):
     """Mean cross-entropy in nats of logits (N, V) against targets (N,), those that are IGNORE left out.
 
-    F.cross_entropy(logits.float(), targets, ignore_index=IGNORE) at a sixth of its time on a CPU: N x V is by far the
+    F.cross_entropy(logits.float(), targets, ignore_index=IGNORE) at a fifth of its time on a CPU: N x V is by far the
     largest array of a step. The probabilities are made in fp32 a few rows at a time, and all that is kept of them is the
     gradient, in the logits' own type; so on a GPU, too, the logits never stand in fp32 as a whole."""
     ROWS = 256
