@@ -346,10 +346,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
         return (part for part in _split(iter_documents(source, files, desc), held_out) if part[0])
 
     if tok is None:
-        makers = {"bpe": lambda: Tokenizer.train((text for text, held in parts("counting words") if not held), vocab_size),
-                  "bytes": Tokenizer.bytes, "gpt2": Tokenizer.gpt2}
-        check_choice("--tokenizer", tokenizer, makers)
-        tok = makers[tokenizer]()
+        tok = make_tokenizer(tokenizer, vocab_size, (text for text, held in parts("counting words") if not held))
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache_dir))
     try:
@@ -359,6 +356,13 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _load_streams(folder)
+
+
+def make_tokenizer(name, vocab_size, texts):
+    """bpe, learned from the texts, bytes or gpt2 -> Tokenizer."""
+    makers = {"bpe": lambda: Tokenizer.train(texts, vocab_size), "bytes": Tokenizer.bytes, "gpt2": Tokenizer.gpt2}
+    check_choice("--tokenizer", name, makers)
+    return makers[name]()
 
 
 def _write_streams(folder, tok, parts):
@@ -459,15 +463,19 @@ class Batches:
         stream = fim_documents(self.stream, self.objective, self.tok, rng) if self.document_level else self.stream
         return stream, phase, order
 
+    def describe(self):
+        return f"{len(self.stream):,} tokens to train on, {self.tok.n_bytes[self.stream[:2**20]].mean():.2f} bytes a token"
+
     def window(self, index):
         """Window number index of the run: ids (T+1,), counted over all steps, ranks and rows."""
         stream, phase, order = self._epoch(index // self.n_windows)
         start = phase + order[index % self.n_windows] * self.T
         return np.asarray(stream[start:start + self.T + 1], np.int64)
 
+    def row(self, index):
+        objective = replace(self.objective, fim_rate=0) if self.document_level else self.objective
+        return objective.row(self.window(index), self.tok, np.random.default_rng([self.seed, index, 1]))
+
     def batch(self, step):
         first = (step * self.world + self.rank) * self.B
-        objective = replace(self.objective, fim_rate=0) if self.document_level else self.objective
-        rows = [objective.row(self.window(i), self.tok, np.random.default_rng([self.seed, i, 1]))
-                for i in range(first, first + self.B)]
-        return tuple(np.stack(part) for part in zip(*rows))
+        return tuple(np.stack(part) for part in zip(*map(self.row, range(first, first + self.B))))

@@ -6,6 +6,7 @@
     bpb, middle_bpb     bits per byte of held-out text, left to right; of a middle given what is around it
     stopping, infill    does the model know when a middle is done; does what it fills in match, or pass the tests
     needle, multidoc, multineedle, choice     does it find what stands somewhere in its context
+    answers             what held-out answers cost a fine-tuned model, and how many it knows
     attention           where it looks (attention.py)
 
 Each is a function task(model, tok, ...) -> {name: figure}; a figure is {"mean", "se", "n", "unit"} (see figure).
@@ -30,7 +31,8 @@ from tqdm import tqdm
 from attention import PASSAGE, SEGMENTS, heatmap, masked_change, shares
 from data import prepare, single_line_holes, split_lines
 from figures import draw, pyplot
-from objectives import IGNORE, ORDERS, check_choice, check_range, fim_prompt
+from objectives import IGNORE, ORDERS, answer_prompt, check_choice, check_range, fim_prompt
+from pairs import prepare_pairs
 from problems import (cut_texts, docstring_questions, multidoc_prompts, multineedle_prompts, needle_prompts,
                       read_documents, read_problems, read_questions, stdlib_problems)
 from sample import (Parser, best_first, collect, generate, infill_prompt, load_model, newest_run, one_line_errors,
@@ -349,6 +351,27 @@ def choice(model, tok, questions, name="right"):
     return {name: figure([choose([next(scores) for _ in choices], label) for _, choices, label in questions])}
 
 
+def answers(model, tok, pairs, fine_tuned, limit=200, folder=None):
+    """Held-out pairs of ids (prompt, answer) that fit the context (MEAP, claim 13): bits per byte of the answers, the
+    share of their tokens, <EOT> too, that are the model's likeliest, and of answers where all are: greedy decoding would
+    give them. A model that was not fine-tuned goes on from the prompt as from any text.
+
+    "curve": [epoch, answer_bpb] at each evaluation of the training in folder, if it recorded any."""
+    pairs = [pair for pair in pairs if len(pair[0]) + len(pair[1]) + 2 <= model.config.block_size][:limit]
+    asked = [((answer_prompt(prompt, tok) if fine_tuned else prompt), answer + [tok.eot]) for prompt, answer in pairs]
+    scores = score(model, asked, desc="answers")
+    right = [s.likeliest == answer for s, (_, answer) in zip(scores, asked)]
+    figures = {"answer": figure([bits(s.log_p[:-1]) for s in scores], [n_bytes(tok, answer) for _, answer in pairs],
+                                "bits/byte"),
+               "likeliest token": figure([r.sum() for r in right], [len(r) for r in right]),
+               "exact match": figure([r.all() for r in right])}
+    metrics = Path(folder, "metrics.jsonl") if folder else None
+    if metrics and metrics.is_file():
+        lines = map(json.loads, metrics.read_text().splitlines())
+        figures["curve"] = [[line["epoch"], line["answer_bpb"]] for line in lines if "answer_bpb" in line]
+    return figures
+
+
 def attention(model, tok, stream, reference=None, limit=50, seed=1, segments=PASSAGE):
     """Where the model looks (MEAP, claim 14; attention.py says how each is measured): the decay, and the rise in
     variance, as inputs are masked, within the model and, with a reference, from the reference's plain inputs to this
@@ -380,6 +403,7 @@ TASKS = {
     "choice": lambda model, tok, a: choice(
         model, tok, docstring_questions(a.stream, tok, a.limit, a.seed), "docstring of a function") | (
         choice(model, tok, a.questions, "file: right") if a.questions else {}),
+    "answers": lambda model, tok, a: answers(model, tok, prepare_pairs(a.pairs, tok=tok)[2], a.fine_tuned, a.limit, a.folder),
     "attention": lambda model, tok, a: attention(model, tok, a.stream, a.reference, -(-a.limit // 4), a.seed),
 }
 
@@ -409,7 +433,8 @@ def read_arguments(arguments):
     parser.add_argument("--tasks", nargs="+", default=["all"], metavar="TASK", help=f"all, or of {', '.join(TASKS)}")
     parser.add_argument("--limit", type=int, help="about how many examples each task takes (default 200; of files all)")
     parser.add_argument("--seed", type=int, default=1, help="decides the examples (default 1)")
-    parser.add_argument("--data", help="whose held-out part to use (default: what the first was trained on)")
+    parser.add_argument("--data", help="whose held-out part to use (default: what the first was trained on; "
+                        "stdlib, if that was pairs)")
     parser.add_argument("--cache-dir", default="cache", help="folder of tokenised corpora (default cache)")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, help="layouts of infills (default: those trained on)")
     parser.add_argument("--n", type=int, default=1, help="infill: completions of each problem, for pass@k (default 1)")
@@ -419,6 +444,8 @@ def read_arguments(arguments):
     parser.add_argument("--problems", metavar="F", help="infill: a file of the HumanEval infilling benchmarks")
     parser.add_argument("--documents", metavar="F", help="multidoc: a file of Lost in the Middle")
     parser.add_argument("--questions", metavar="F", help="choice: a file with context, choices and label")
+    parser.add_argument("--pairs", metavar="F", help="answers: as --data of train.py for sft (default: what the first was "
+                        "fine-tuned on, or functions)")
     parser.add_argument("--out", default="out/eval", metavar="DIR", help="for results.json, samples (default out/eval)")
     parser.add_argument("--figures", metavar="DIR", help="draw PNGs there; needs matplotlib")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
@@ -453,7 +480,9 @@ def main(arguments=None):
     for folder in args.ckpt or [newest_run()]:
         model, tok, checkpoint = load_model(folder, args.device)
         objective = checkpoint["objective"]
-        args.data = args.data or checkpoint["config"]["data"]
+        args.folder, args.fine_tuned, data = folder, objective["answers"], checkpoint["config"]["data"]
+        args.pairs = args.pairs or (data if args.fine_tuned else "functions")
+        args.data = args.data or ("stdlib" if args.fine_tuned else data)
         _, _, args.stream = prepare(args.data, cache_dir=args.cache_dir, tok=tok)
         trained = (["psm"] if objective["spm_rate"] < 1 else []) + (["spm"] if objective["spm_rate"] else [])
         args.orders, args.spm_layout = (asked or trained) if objective["fim_rate"] else [], objective["spm_layout"]

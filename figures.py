@@ -2,6 +2,7 @@
 
     needle.png       share of values recalled, and preferred to another, context length x depth, for each checkpoint
     multidoc.png     the same by the position of the record that holds the answer
+    answers.png      bits per byte of held-out answers over the epochs of fine-tuning
     attention.png    shares of the last token's attention on the four parts of a text
     head-NAME.png    one head's attention weights, tokens on the axes
 """
@@ -32,6 +33,9 @@ def draw(results, folder):
         measured = {name: tasks[task] for name, tasks in results.items() if task in tasks}
         if measured and all(figures.get("grid", True) for figures in measured.values()):
             drawings[f"{task}.png"] = drawing(plt, measured)
+    curves = {name: tasks["answers"]["curve"] for name, tasks in results.items() if tasks.get("answers", {}).get("curve")}
+    if curves:
+        drawings["answers.png"] = answers(plt, curves)
     for name, tasks in results.items():
         if "attention" in tasks:
             drawings[f"head-{name}.png"] = head(plt, name, tasks["attention"]["heatmap"])
@@ -83,6 +87,16 @@ def multidoc(plt, measured):
     axes[0, 0].set(ylabel="recalled, %", ylim=(0, max(10, axes[0, 0].get_ylim()[1])))
     axes[1, 0].set(ylabel="preferred to another\nrecord's value, %", ylim=(0, 105))
     axes[0, -1].legend(fontsize=8)
+    return fig
+
+
+def answers(plt, curves):
+    fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for number, (name, curve) in enumerate(curves.items()):
+        axis.plot(*zip(*curve), marker="o", markersize=3, label=name, color=COLOURS[number % len(COLOURS)])
+    axis.set(xlabel="epochs of fine-tuning", ylabel="held-out answers, bits per byte")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
     return fig
 
 

@@ -10,8 +10,12 @@
            SPM labelled   <SUF> suffix <PRE> prefix <MID> middle <EOT>     the paper's variant 1
            SPM joint      <PRE> <SUF> suffix <MID> prefix middle <EOT>     the paper's variant 2
 
-Each is a point in one space, Objective(fim_rate, spm_rate, spm_layout, span, mask_ratio), and Objective.row turns a
-window of the token stream into a training row. `python objectives.py` draws one text under every objective.
+    SFT    supervised fine-tuning on pairs: prompt <MID> answer <EOT>, loss on the answer and its <EOT> alone.
+           MEAP's form (its section 3.2) adds a masked copy behind: see answer_example.
+
+Each is a point in one space, Objective(fim_rate, spm_rate, spm_layout, span, mask_ratio, ...). Objective.row turns a
+window of the token stream into a training row, Objective.answer_row some pairs. `python objectives.py` draws one text
+under every objective.
 """
 from dataclasses import dataclass, replace
 
@@ -23,6 +27,7 @@ ORDERS = ("psm", "spm")
 SPM_LAYOUTS = ("swapped", "labelled", "joint")
 SPANS = ("char", "token", "line", "mixed")
 MIDDLES = ("uniform", "log_uniform")
+MASK_REGIONS = ("copy", "answer")
 
 
 def check_range(name, value, low, high):
@@ -47,6 +52,9 @@ class Objective:
     middle       how long the middle is: uniform (the paper's two uniform cuts) or log_uniform (mostly short)
     min_piece, max_piece   how many tokens of text a FIM example is made from, drawn log-uniformly between the two
                  (max_piece 0: up to the whole document). Short pieces teach when to stop, long ones long context.
+    answers      True: fine-tuning on pairs; mask_ratio is then the share of the copy that is masked
+    mask_region  what of the copy may be masked: copy (all of it, the MEAP paper) or answer (its authors' code)
+    min_answer   only an answer of more tokens than this gets a masked copy
     """
     fim_rate: float = 0.0
     spm_rate: float = 0.5
@@ -56,6 +64,9 @@ class Objective:
     middle: str = "uniform"
     min_piece: int = 32
     max_piece: int = 0
+    answers: bool = False
+    mask_region: str = "copy"
+    min_answer: int = 50
 
     def __post_init__(self):
         for name in ("fim_rate", "spm_rate", "mask_ratio"):
@@ -66,6 +77,10 @@ class Objective:
         check_range("min_piece", self.min_piece, 8, 10**9)
         if self.max_piece:
             check_range("max_piece", self.max_piece, self.min_piece, 10**9)
+        check_choice("mask_region", self.mask_region, MASK_REGIONS)
+        check_range("min_answer", self.min_answer, 0, 10**9)
+        if self.answers:
+            check_range("fim_rate", self.fim_rate, 0, 0)
 
     def row(self, window, tok, rng):
         """window (T+1,) of ids -> inputs (T,), targets (T,): FIM reorders the text, MEAP hides inputs, targets stay true.
@@ -75,6 +90,17 @@ class Objective:
         inputs, targets = ids[:-1], ids[1:]
         if self.mask_ratio:
             inputs = mask_inputs(inputs, self.mask_ratio, tok, rng)
+        return inputs, targets
+
+    def answer_row(self, pairs, T, tok, rng):
+        """Pairs of ids (prompt, answer) that fit -> inputs (T,), targets (T,): their examples one behind the other, then
+        <EOT> as padding, where targets are IGNORE. An example sees those before it, as a document does in a window."""
+        inputs, targets = np.full(T, tok.eot), np.full(T, IGNORE)
+        start = 0
+        for pair in pairs:
+            seen, wanted = answer_example(*pair, self, tok, rng, T)
+            inputs[start:start + len(seen)], targets[start:start + len(seen)] = seen, wanted
+            start += len(seen)
         return inputs, targets
 
 
@@ -88,6 +114,8 @@ OBJECTIVES = {
     "fim_spm": replace(FIM, spm_rate=1.0),
     "fim": replace(FIM, spm_rate=0.5),
     "fim_meap": replace(FIM, spm_rate=0.5, mask_ratio=0.15),
+    "sft": Objective(answers=True),
+    "meap_sft": Objective(answers=True, mask_ratio=0.1),
 }
 
 
@@ -100,6 +128,53 @@ def mask_inputs(inputs, ratio, tok, rng):
     masked = inputs.copy()
     masked[chosen] = tok.mask
     return masked
+
+
+def answer_prompt(prompt, tok):
+    """What a fine-tuned model is given to answer, lists of ids: <MID>, here as in FIM, says "now write, and then stop"."""
+    return [*prompt, tok.mid]
+
+
+def answer_example(prompt, answer, objective, tok, rng, T):
+    """A pair of ids that fits T (see fit_pair) -> inputs (n,), targets (n,), n <= T: what to predict after each input,
+    IGNORE where there is no loss.
+
+    SFT       prompt <MID> answer <EOT>                     loss on the answer and its <EOT>
+    MEAP      the same, then a copy of it with int(mask_ratio * its ordinary tokens) of them read as <MASK>: loss on the
+              answer of the original, U_q, and on the masked tokens of the copy, U_m (MEAP, section 3.2),
+                  L = - sum over t in U_q and U_m of log p(x_t | x_1 .. x_{t-1}, x^_1, [mask], .. x^_{t-1})
+              Only where the answer is longer than min_answer (50) tokens, and twice as long fits T.
+
+    The authors' code differs from their paper: it masks tokens of the answer alone (mask_region="answer"), and trains the
+    copy as a sequence of its own, which cannot look the masked tokens up in the original. Here, as in the paper, it can."""
+    ids = np.array([*answer_prompt(prompt, tok), *answer, tok.eot][:T])
+    n, first = len(ids), len(prompt) + 1
+    wanted = np.full(n, IGNORE)
+    wanted[first:] = ids[first:]
+    if has_copy(answer, objective, T):
+        maskable = np.arange(first if objective.mask_region == "answer" else 0, n)
+        maskable = maskable[~np.isin(ids[maskable], tok.specials)]
+        masked = rng.permutation(maskable)[:int(len(maskable) * objective.mask_ratio)]
+        copy, wanted_of_copy = ids.copy(), np.full(n, IGNORE)
+        copy[masked], wanted_of_copy[masked] = tok.mask, ids[masked]
+        ids, wanted = np.concatenate((ids, copy)), np.concatenate((wanted, wanted_of_copy))
+    return ids, np.append(wanted[1:], IGNORE)
+
+
+def has_copy(answer, objective, T):
+    return objective.mask_ratio > 0 and len(answer) > objective.min_answer and 2 * (len(answer) + 2) <= T
+
+
+def fit_pair(prompt, answer, objective, T):
+    """(prompt, answer) such that answer_example fits T: the prompt is cut on its left, and where the answer alone is too
+    long, that on its right; it then loses its <EOT>, too, as it does not end there."""
+    room = T // 2 if has_copy(answer, objective, T) else T
+    return prompt[max(0, len(prompt) + len(answer) + 2 - room):], answer[:T - 1]
+
+
+def example_length(prompt, answer, objective, T):
+    """How many tokens answer_example makes of a pair that fits T."""
+    return min(T, len(prompt) + len(answer) + 2) * (2 if has_copy(answer, objective, T) else 1)
 
 
 def fim_prompt(prefix, suffix, tok, order="psm", spm_layout="swapped"):
@@ -233,6 +308,7 @@ def main():
     with open(__file__) as f:
         tok = Tokenizer.train([f.read(), text * 9], 600)  # words and parts of words
     window = np.array(tok.encode(text) + [tok.eot])
+    pair = [tok.encode(part) for part in text.split("(", 1)]
     sentinels = {getattr(tok, name): f"<{name.upper()}>" for name in ("pre", "suf", "mid", "eot", "mask")}
     styles = {"prefix": "34", "middle": "32;1", "suffix": "33", "sentinel": "35", "mask": "7", "text": "0"}
     # what follows each sentinel, in the order in which it comes
@@ -246,7 +322,9 @@ def main():
         """Each id as (text, role); parts: the roles that the next sentinels open."""
         role, parts = "text", list(parts)
         for i in ids.tolist():
-            if i == tok.mask:
+            if i == IGNORE:
+                yield "", "text"
+            elif i == tok.mask:
                 yield "<MASK>", "mask"
             elif i in sentinels:
                 role = "text" if i == tok.eot else parts.pop(0) if parts else role
@@ -255,10 +333,12 @@ def main():
                 yield tok.decode([i]).replace("\n", "⏎").replace(" ", "·"), role
 
     def draw(title, objective, parts=()):
-        inputs, targets = objective.row(window, tok, np.random.default_rng(4))
+        rng = np.random.default_rng(4)
+        inputs, targets = answer_example(*pair, objective, tok, rng, 10**9) if objective.answers else \
+            objective.row(window, tok, rng)
         above = list(cells(inputs, parts))
         below = list(cells(np.concatenate((inputs[:1], targets)), parts))[1:]  # roles depend on the sentinel in front
-        print(f"\n{title}; loss on all {len(targets)} targets")
+        print(f"\n{title}; loss on {(targets != IGNORE).sum()} targets of {len(targets)}")
         start, room = 0, shutil.get_terminal_size().columns - 8
         while start < len(above):
             end, width = start, 0
@@ -280,6 +360,9 @@ def main():
         draw(title, replace(OBJECTIVES["fim_spm"], spm_layout=layout, **always), layouts[layout])
     draw("fim: PSM or SPM, at random; fim_meap: the same with 15% of the inputs masked",
          replace(OBJECTIVES["fim_meap"], spm_rate=0.0, **always), layouts["psm"])
+    draw("sft: an answer", OBJECTIVES["sft"], ["middle"])
+    draw("meap_sft: the answer, then a copy with 10% of it masked", replace(OBJECTIVES["meap_sft"], min_answer=0),
+         ["middle"] * 2)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python sample.py --prompt "def main("
     python sample.py --prefix "def mean(xs):\\n    return " --suffix " / len(xs)\\n"
     python sample.py --file draft.py            # a text with <FILL> where the hole is
+    python sample.py --instruct "def mean(xs):\\n    \"The mean.\"\\n"        # a model that was fine-tuned on pairs
 
 Infilling lays prefix and suffix out as in training (objectives.fim_prompt) and samples until <EOT>, the model's word that
 it has joined the suffix. Of n samples, those that ended in <EOT> come first, then the likelier per token (EOT-aware
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 
 from data import Tokenizer, split_lines
 from model import GPT, GPTConfig, KVCache
-from objectives import ORDERS, check_choice, check_range, fim_prompt
+from objectives import ORDERS, answer_prompt, check_choice, check_range, fim_prompt
 
 FILL = "<FILL>"
 ENDINGS = {"eot": "the model stopped", "suffix": "cut where it began to repeat the suffix",
@@ -124,6 +125,18 @@ def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout,
                  f"the prefix and the first {for_suffix} of {len(suffix)} of the suffix")
         prefix, suffix = prefix[len(prefix) - for_prefix:], suffix[:for_suffix]
     return fim_prompt(prefix, suffix, tok, order, spm_layout)
+
+
+def instruct_prompt(model, tok, prompt, max_new_tokens, warn=None):
+    """ids of a text -> the ids that a fine-tuned model is to answer; what does not fit is cut off their left, and warn
+    called with a sentence that says so. Raises ValueError if the context leaves no room."""
+    room = model.config.block_size - 1 - max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {model.config.block_size} tokens, "
+                         f"expected at most {model.config.block_size - 2}")
+    if len(prompt) > room and warn:
+        warn(f"the context of {model.config.block_size} tokens holds the last {room} of {len(prompt)} tokens of the prompt")
+    return answer_prompt(prompt[-room:], tok)
 
 
 def collect(steps, tok, stream=None):
@@ -260,6 +273,7 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", metavar="DIR", help="a run's folder (default: the newest under out/)")
     parser.add_argument("--prompt", help="text to go on with")
+    parser.add_argument("--instruct", metavar="PROMPT", help="a prompt to answer, for a model trained on pairs")
     parser.add_argument("--prefix", help="text before the hole (\\n is a line end)")
     parser.add_argument("--suffix", help="text after the hole")
     parser.add_argument("--file", metavar="F", help=f"a text with one {FILL} in it, the hole")
@@ -286,9 +300,19 @@ def main(arguments=None):
     stream = functools.partial(print, end="", flush=True) if args.stream else None
     settings = {"temperature": temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed, "n": args.n}
 
-    if args.prompt is not None:
-        idx = torch.tensor([tok.encode(args.prompt) or [tok.eot]], device=device)
-        print(args.prompt, end="" if stream else "\n" if args.n > 1 else "", flush=True)
+    def warn(message):
+        print(f"note: {message}", file=sys.stderr)
+
+    text = args.prompt if args.instruct is None else args.instruct
+    if text is not None:
+        ids = tok.encode(text) or [tok.eot]
+        if args.instruct is not None:
+            if not checkpoint["objective"]["answers"]:
+                raise ValueError(f"{folder} was trained with --objective {checkpoint['config']['objective']}, which never saw "
+                                 "prompts and answers: expected a checkpoint of sft or meap_sft, or --prompt instead")
+            ids = instruct_prompt(model, tok, ids, args.max_new_tokens, warn)
+        idx = torch.tensor([ids], device=device)
+        print(text, end="" if stream else "\n" if args.n > 1 else "", flush=True)
         samples = collect(generate(model, idx, args.max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **settings), tok, stream)
         for i, (ids, mean_log_p) in enumerate([] if stream else samples, 1):
             print((f"--- {i} of {args.n}, {mean_log_p:.2f} nats a token\n" if args.n > 1 else "") + tok.decode(ids))
@@ -303,7 +327,7 @@ def main(arguments=None):
         print(f"note: this model was never trained on {order}", file=sys.stderr)
     infills = infill(model, tok, prefix, suffix, max_new_tokens=args.max_new_tokens, order=order,
                      spm_layout=objective["spm_layout"], stream=stream,
-                     warn=lambda message: print(f"note: {message}", file=sys.stderr), **settings)
+                     warn=warn, **settings)
     for i, best in enumerate(infills, 1):
         if args.n > 1:
             print(f"--- {i} of {args.n}, {ENDINGS[best.ended]}, {best.mean_log_p:.2f} nats a token")
@@ -316,11 +340,11 @@ def main(arguments=None):
 
 
 def read_hole(args):
-    """The prefix and the suffix that the arguments give, or two Nones with --prompt. Raises ValueError."""
+    """The prefix and the suffix that the arguments give, or two empty texts with --prompt. Raises ValueError."""
     hole = args.prefix is not None or args.suffix is not None
-    if (args.prompt is not None) + hole + (args.file is not None) != 1:
-        raise ValueError("expected one of --prompt TEXT, --prefix TEXT with --suffix TEXT, or --file F")
-    for name in ("prompt", "prefix", "suffix"):
+    if (args.prompt is not None) + (args.instruct is not None) + hole + (args.file is not None) != 1:
+        raise ValueError("expected one of --prompt TEXT, --instruct TEXT, --prefix TEXT with --suffix TEXT, or --file F")
+    for name in ("prompt", "instruct", "prefix", "suffix"):
         text = getattr(args, name)
         if text is not None:
             if re.search("[\ud800-\udfff]", text):

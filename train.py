@@ -4,6 +4,7 @@
     python train.py --objective fim --preset laptop      larger and longer: 30 minutes
     python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
     python train.py --out out/fim_spm --resume           goes on where a run stopped
+    python train.py --objective sft --init-from out/ntp  fine-tunes a finished model, here on prompts and answers
 
 Reads from top to bottom: settings, presets, the loop, what it reports, checkpoints, the command line.
 """
@@ -22,10 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Batches, prepare, single_line_holes, split_lines
+from data import Batches, Tokenizer, prepare, single_line_holes, split_lines
+from gpt2 import load_gpt2
 from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
-from sample import ENDINGS, Parser, infill, load_checkpoint, one_line_errors, pick_device
+from pairs import PairBatches, prepare_pairs
+from sample import (ENDINGS, Parser, collect, generate, infill, instruct_prompt, load_checkpoint, one_line_errors,
+                    pick_device)
 
 
 def setting(default, help, choices=None, low=None, high=math.inf):
@@ -39,14 +43,18 @@ class Config:
     Raises ValueError, naming the flag, where a value is out of range."""
     objective: str = setting("ntp", "what to predict", tuple(OBJECTIVES))
     preset: str = setting("toy", "model, budget and learning rate in one; single flags override it")
-    data: str = setting("stdlib", "stdlib, prose, site-packages, or a file, folder or glob of text or .jsonl[.gz]")
+    init_from: str = setting("", "a run's folder, or GPT-2's published weights: start from its weights, shape and vocabulary")
+    data: str = setting("stdlib", "stdlib, prose, site-packages, or a file, folder or glob of text or .jsonl[.gz]; for sft "
+                        "and meap_sft functions, or .json[l][.gz] of pairs")
     tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)", ("bpe", "bytes", "gpt2"))
     vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
     fim_rate: float = setting(None, "share of windows that become FIM examples")
     spm_rate: float = setting(None, "share of FIM examples in SPM order")
     spm_layout: str = setting(None, "where SPM puts its sentinels: swapped, labelled or joint")
     span: str = setting(None, "where FIM may cut: char, token, line, or mixed (char or line)")
-    mask_ratio: float = setting(None, "share of inputs that MEAP masks")
+    mask_ratio: float = setting(None, "share of inputs that MEAP masks, for meap_sft of the copy")
+    mask_region: str = setting(None, "what meap_sft masks: the whole copy, or its answer alone")
+    min_answer: int = setting(None, "meap_sft copies only answers of more tokens than this")
     min_piece: int = setting(None, "fewest tokens of text in a FIM example")
     max_piece: int = setting(None, "most tokens of text in a FIM example, 0 for up to a whole document")
     middle: str = setting(None, "length of the middle: uniform (two uniform cuts) or log_uniform (mostly short)")
@@ -120,8 +128,8 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 
 PRESETS = {
     "toy": {},
-    "laptop": {"n_layer": 6, "steps": 3600, "lr": 0.005, "warmup": 100, "eval_every": 450,
-               "save_every": 225},
+    "laptop": {"n_layer": 6, "steps": 3600, "lr": 0.005, "warmup": 100, "eval_every": 450, "save_every": 225},
+    "finetune": {"steps": 400, "lr": 0.002, "warmup": 20, "eval_every": 50, "save_every": 100},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
              "token_shift": False, "gelu": "tanh", "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16,
              "steps": 5000, "lr": 2e-3, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},
@@ -139,14 +147,23 @@ FREE = {"device", "out", "cache_dir", "eval_every", "eval_tokens", "save_every",
 
 
 def train(config, checkpoint=None):
-    """Runs the training that config describes, from a checkpoint if there is one. Returns the last evaluation, a dict."""
+    """Runs the training that config describes. Returns the last evaluation, a dict.
+
+    checkpoint: where to start, if not anew: one of this run's own to resume from, or that of --init-from."""
     device = pick_device(config.device)
-    tok, stream, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir)
-    if checkpoint and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(stream)):
+    resuming = checkpoint is not None and "optimizers" in checkpoint
+    tok = Tokenizer.from_dict(checkpoint["tokenizer"]) if config.init_from else None
+    objective = config.make_objective()
+    rows = config.block_size, config.batch_size, config.seed
+    if objective.answers:
+        tok, text, held_out = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok)
+        batches = PairBatches(text, objective, tok, *rows)
+    else:
+        tok, text, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
+        batches = Batches(text, objective, tok, *rows, fim_level=config.fim_level)
+    if resuming and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(text)):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
-    objective = config.make_objective()
-    batches = Batches(stream, objective, tok, config.block_size, config.batch_size, config.seed, fim_level=config.fim_level)
     torch.manual_seed(config.seed)
     shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name not in ("vocab_size", "attention")}
     attention = config.attention
@@ -156,8 +173,9 @@ def train(config, checkpoint=None):
     optimizers = make_optimizers(model, config)
     first = 0
     if checkpoint:
-        first = checkpoint["step"]
         model.load_state_dict(checkpoint["model"])
+    if resuming:
+        first = checkpoint["step"]
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
     out = Path(config.out)
@@ -165,7 +183,7 @@ def train(config, checkpoint=None):
     bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
-    describe(config, model, tok, stream, held_out, objective, device, bf16, first)
+    describe(config, model, tok, batches, held_out, objective, device, bf16, first)
 
     def load(step):
         """The micro-batches of a step, as tensors on the device."""
@@ -177,7 +195,6 @@ def train(config, checkpoint=None):
 
     model.train()
     metrics, report, stopping = Metrics(out / "metrics.jsonl", first), {}, Interrupt()
-    bytes_per_token = tok.n_bytes[stream[:2**20]].mean()
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
     with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True) as bar, \
@@ -212,19 +229,25 @@ def train(config, checkpoint=None):
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
             logged, started = done, now
-            bpb = loss / math.log(2) / bytes_per_token
+            wanted = targets[targets != IGNORE].cpu()
+            bpb = loss / math.log(2) / max(1e-9, tok.n_bytes[wanted].mean())
             bar.set_postfix_str(f"loss {loss:.3f}, {bpb:.3f} bits/byte, {speed:,.0f} tokens/s")
-            line = {"step": done, "tokens": done * tokens_per_step, "loss": loss, "lr": learning_rate(step, config),
+            rows = done * config.batch_size * config.grad_accum
+            line = {"step": done, "tokens": done * tokens_per_step, "epoch": rows / batches.n_windows, "loss": loss, "lr": learning_rate(step, config),
                     "tokens_per_s": round(speed)}
             if done % config.eval_every == 0 or done == config.steps:
                 final = done == config.steps
-                n_tokens = config.eval_tokens * (4 if final else 1)
-                report = {"held_out_bpb": bits_per_byte(model, held_out, tok, n_tokens, autocast)}
-                if report["held_out_bpb"] is None:
+                n_rows = config.eval_tokens * (4 if final else 1) // config.block_size
+                name, rows = (("answer_bpb", answer_rows) if objective.answers else ("held_out_bpb", text_rows))
+                report = {name: bits_per_byte(model, rows(held_out, tok, config.block_size, n_rows), tok, autocast)}
+                if report[name] is None:
                     tqdm.write(f"step {done}: the held-out text is shorter than a window")
                 else:
-                    stop_if_diverged(report["held_out_bpb"], done, config)
-                    tqdm.write(f"step {done}: {report['held_out_bpb']:.4f} held-out bits per byte")
+                    stop_if_diverged(report[name], done, config)
+                    of = " of the answers" if objective.answers else ""
+                    tqdm.write(f"step {done}: {report[name]:.4f} held-out bits per byte{of}")
+                if objective.answers and held_out:
+                    tqdm.write(show_answer(model, tok, *held_out[done % len(held_out)]))
                 if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=done)):
                     tqdm.write(show_infill(model, tok, objective, *hole[0]))
                 line |= report
@@ -236,7 +259,7 @@ def train(config, checkpoint=None):
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
-                    "objective": asdict(objective), "tokenizer": tok.to_dict(), "stream_length": len(stream)})
+                    "objective": asdict(objective), "tokenizer": tok.to_dict(), "stream_length": len(text)})
             if stopping.asked:
                 break
     if stopping.asked and done < config.steps:
@@ -285,33 +308,39 @@ def has_bf16(device):
 
 
 @torch.no_grad()
-def bits_per_byte(model, held_out, tok, n_tokens, autocast=nullcontext()):
-    """Bits per byte of plain left-to-right text, the figure that compares objectives and vocabularies.
+def bits_per_byte(model, rows, tok, autocast=nullcontext()):
+    """Bits per byte of held-out text, the figure that compares objectives and vocabularies.
 
-    The cross-entropy of up to n_tokens of the stream, in bits, over the bytes of text they stand for. Evenly spaced
-    windows of block_size, the same for every model of that context; <EOT>, which is no text, is left out. None if the
-    held-out text is shorter than a window."""
+    The cross-entropy of the targets of rows, pairs of arrays (T,), in bits, over the bytes of text they stand for; <EOT>,
+    which is no text, is left out. None if there are no rows."""
     was_training = model.training
     model.eval()
-    T = model.config.block_size
-    n = min((len(held_out) - 1) // T, max(1, n_tokens // T))
-    if n < 1:
-        return None
     device = next(model.parameters()).device
     n_bytes = torch.from_numpy(tok.n_bytes).to(device)
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    total = 0
-    for starts in np.array_split(np.linspace(0, len(held_out) - 1 - T, n).astype(int), -(-n // 16)):
-        windows = np.stack([held_out[start:start + T + 1] for start in starts]).astype(np.int64)
-        windows = torch.from_numpy(windows).to(device)
-        inputs, targets = windows[:, :-1], windows[:, 1:]
-        is_text = n_bytes[targets] > 0
+    rows, total = list(rows), 0
+    for start in range(0, len(rows), 16):
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows[start:start + 16]))
+        is_text = (targets != IGNORE) & (n_bytes[targets] > 0)
         with autocast:
             _, loss = model(inputs, targets.masked_fill(~is_text, IGNORE))
         nats += loss.double() * is_text.sum()
-        total += n_bytes[targets].sum().item()
+        total += n_bytes[targets[is_text]].sum().item()
     model.train(was_training)
-    return nats.item() / math.log(2) / total
+    return nats.item() / math.log(2) / total if total else None
+
+
+def text_rows(held_out, tok, T, n):
+    """Up to n rows of plain left-to-right text: evenly spaced windows, the same for every model of that context."""
+    n = min((len(held_out) - 1) // T, max(1, n))
+    windows = (held_out[start:start + T + 1] for start in np.linspace(0, len(held_out) - 1 - T, max(0, n)).astype(int))
+    return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)
+
+
+def answer_rows(held_out, tok, T, n):
+    """Up to n rows of prompts and answers, without a copy: targets are the answers."""
+    batches = PairBatches(held_out, OBJECTIVES["sft"], tok, T, 1, seed=0)
+    return map(batches.row, range(min(n, batches.n_windows)))
 
 
 def show_infill(model, tok, objective, prefix, middle, suffix):
@@ -327,22 +356,35 @@ def show_infill(model, tok, objective, prefix, middle, suffix):
             f"    (between ⟦ and ⟧: the model; {ENDINGS[best.ended]}; true: {tok.decode(middle).strip()!r})")
 
 
-def describe(config, model, tok, stream, held_out, objective, device, bf16, first):
+def show_answer(model, tok, prompt, answer):
+    """One held-out prompt, answered greedily, as a few lines of text."""
+    model.eval()
+    most = min(64, model.config.block_size // 4)
+    idx = torch.tensor([instruct_prompt(model, tok, prompt, most)], device=next(model.parameters()).device)
+    ids, _ = collect(generate(model, idx, most, temperature=0, stop=tok.eot, allowed=tok.eot + 1), tok)[0]
+    model.train()
+    ended = "the model stopped" if ids[-1] == tok.eot else ENDINGS["length"]
+    return (f"{tok.decode(prompt[-most:])}⟦{tok.decode(ids)}⟧"
+            f"    (between ⟦ and ⟧: the model; {ended}; true: {tok.decode(answer[:most])!r})")
+
+
+def describe(config, model, tok, batches, held_out, objective, device, bf16, first):
     c = model.config
     tokens = config.steps * config.batch_size * config.grad_accum * config.block_size
     fim = (f"FIM on {objective.fim_rate:.0%} of windows, {objective.spm_rate:.0%} of them SPM ({objective.spm_layout}), "
            f"cut by {objective.span}" if objective.fim_rate else "")
-    meap = f"{objective.mask_ratio:.0%} of inputs masked" if objective.mask_ratio else ""
+    meap = f"{objective.mask_ratio:.0%} of the {'copy' if objective.answers else 'inputs'} masked" if objective.mask_ratio else ""
     print(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "
           f"{model.n_params() / 1e6:.2f} M parameters ({model.n_params(embedding=False) / 1e6:.2f} M without embeddings)\n"
-          f"data       {config.data}: {len(stream):,} tokens to train on, {len(held_out):,} held out, "
-          f"{config.tokenizer} vocabulary of {tok.n_vocab:,}, {tok.n_bytes[stream[:2**20]].mean():.2f} bytes a token\n"
+          f"data       {config.data}: {batches.describe()}, {len(held_out):,} held out, "
+          f"{config.tokenizer} vocabulary of {tok.n_vocab:,}\n"
           f"objective  {', '.join(filter(None, (config.objective, fim, meap)))}\n"
           f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x {config.block_size} tokens = "
-          f"{tokens / 1e6:.1f} M, {tokens / len(stream):.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
+          f"{tokens / 1e6:.1f} M, {tokens / config.block_size / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
           f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
           + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-          + f"\nout        {config.out}" + (f", going on after step {first}" if first else ""))
+          + f"\nout        {config.out}" + (f", going on after step {first}" if first else
+                                     f", from {config.init_from}" if config.init_from else ""))
 
 
 class Metrics:
@@ -410,8 +452,16 @@ def read_arguments(arguments):
     given = vars(parser.parse_args(arguments))
     if given.pop("resume", False):
         return resume(given)
+    check_choice("--objective", given.get("objective", "ntp"), OBJECTIVES)
+    answers = OBJECTIVES[given.get("objective", "ntp")].answers
+    given = ({"preset": "finetune", "data": "functions"} if answers else {}) | given
+    if given.get("data") == "functions" and not answers:
+        raise ValueError("--data functions: prompts and answers, which only --objective sft and meap_sft train on")
     check_choice("--preset", given.get("preset", "toy"), PRESETS)
-    config = Config(**PRESETS[given.get("preset", "toy")] | given)
+    checkpoint = load_start(given) if given.get("init_from") else None
+    shape = checkpoint["model_config"] if checkpoint else {}
+    config = Config(**PRESETS[given.get("preset", "toy")] | {f.name: shape[f.name] for f in fields(Config) if f.name in shape}
+                    | given)
     config.make_objective()
     if not config.out:
         number = 1
@@ -420,7 +470,31 @@ def read_arguments(arguments):
         config.out = str(name)
     elif Path(config.out, "ckpt.pt").exists():
         raise ValueError(f"--out {config.out} already holds a run: --resume goes on with it, another --out starts anew")
-    return config, None
+    return config, checkpoint
+
+
+def load_start(given):
+    """The weights, shape and vocabulary that --init-from names, a dict; raises ValueError where other flags contradict."""
+    path = Path(given["init_from"])
+    if path.name == "ckpt.pt" or (path / "ckpt.pt").is_file():
+        start = load_checkpoint(path)
+    else:
+        start = load_gpt2(path)
+    shape = start["model_config"] = {name: value for name, value in start["model_config"].items()
+                                     if name not in ("attention", "dropout")}
+    start["model_config"]["tokenizer"] = start.get("config", {}).get("tokenizer", "gpt2")
+    for name, value in shape.items():
+        if name == "block_size" and given.get(name, value) <= value:
+            continue
+        if given.get(name, value) != value:
+            flag = f"{flag_of(name)} {given[name]}: {path} has {value}"
+            if isinstance(value, bool):
+                flag = f"{flag_of(name if given[name] else 'no_' + name)}: {path} has it {'on' if value else 'off'}"
+            raise ValueError(f"{flag}; leave the flag out, or start without --init-from")
+    if shape["position"] == "learned":
+        wpe = start["model"]["transformer.wpe.weight"]
+        start["model"]["transformer.wpe.weight"] = wpe[:given.get("block_size", len(wpe))]
+    return {name: start[name] for name in ("model", "model_config", "tokenizer")}
 
 
 def resume(given):

@@ -58,7 +58,7 @@ def test_every_example_parses_back_to_the_text_it_was_made_from(corpora, layout,
                    for window, rng in windows(stream, 15, T=200)) > 15
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "random", "another"])
+@pytest.mark.parametrize("name", [*(name for name in OBJECTIVES if not OBJECTIVES[name].answers), "random", "another"])
 def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
     rng = np.random.default_rng(len(name))
 

@@ -200,14 +200,16 @@ def test_an_empty_prefix_and_suffix_can_be_infilled(tok):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, documents):
-    """A folder with two trained runs, fim and ntp, and files for --file."""
+    """A folder with three trained runs, fim, ntp and sft, and files for --file."""
     root = tmp_path_factory.mktemp("runs")
     texts = {"text.py": "".join(documents[:3]), "zero.py": "x = 1\n", "two.py": "x = <FILL>\ny = <FILL>\n",
              "draft.py": f"{PREFIX}<FILL>{SUFFIX}", "latin.py": "é<FILL>"}
     for name, text in texts.items():
         (root / name).write_text(text, "latin-1" if name == "latin.py" else "utf-8")
-    for objective in ("fim", "ntp"):
-        train.main((f"--data {root}/text.py --cache-dir {root}/cache --out {root}/{objective} --objective {objective} "
+    (root / "pairs.jsonl").write_text("".join(f'{{"prompt": "{i}:", "answer": "{i} {i}"}}\n' for i in range(40)))
+    for objective in ("fim", "ntp", "sft"):
+        data = "pairs.jsonl" if objective == "sft" else "text.py"
+        train.main((f"--data {root}/{data} --cache-dir {root}/cache --out {root}/{objective} --objective {objective} "
                     "--steps 30 --vocab-size 400 --n-layer 1 --n-head 2 --n-embd 32 --block-size 128 --batch-size 4 "
                     "--device cpu --eval-tokens 256 --dropout 0.1").split())
     return root
@@ -241,6 +243,17 @@ def test_the_command_line_continues_a_prompt(cli, runs):
         assert shown == expected + "\n" and len(expected) > len(text)
         assert cli("--prompt", text, "--stream", ckpt="ntp").out.rstrip("\n") == expected.rstrip("\n")
     assert cli("--prompt", "if", "--n", "3", ckpt="ntp").out.count(" of 3, -") == 3
+
+
+def test_the_command_line_answers_in_the_format_of_fine_tuning(cli, runs):
+    model, tok, _ = sample.load_model(runs / "sft")
+    prompt, said = [*tok.encode("7:\n"), tok.mid], []
+    while len(said) < 12 and said[-1:] != [tok.eot]:
+        said.append(model(torch.tensor([prompt + said]))[0][0, -1, :tok.eot + 1].argmax().item())
+    assert cli("--instruct", "7:\\n", ckpt="sft").out == "7:\n" + tok.decode(said) + "\n"
+    assert "the last 115 of" in cli("--instruct", "7" * 500, ckpt="sft").err
+    refused = cli("--instruct", "7:", ckpt="fim")
+    assert refused.code == 2 and "fim was trained with --objective fim, which never saw prompts" in refused.err
 
 
 def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):

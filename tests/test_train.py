@@ -16,7 +16,7 @@ import train
 from model import GPT, GPTConfig
 from objectives import OBJECTIVES
 from sample import load_checkpoint, load_model
-from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint
+from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint, text_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,16 @@ def small_model(n_vocab, **settings):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
+
+
+def pair_data(objective, folder):
+    """--data with pairs of lines of real text, for an objective that needs them."""
+    if not OBJECTIVES[objective].answers:
+        return []
+    lines = [line for line in Path(train.__file__).read_text().splitlines() if line.strip()]
+    (folder / "pairs.jsonl").write_text("".join(
+        json.dumps({"prompt": line, "answer": "\n".join(lines[i + 1:i + 6])}) + "\n" for i, line in enumerate(lines)))
+    return ["--data", str(folder / "pairs.jsonl")]
 
 
 def metrics(folder):
@@ -98,24 +108,63 @@ def test_bits_per_byte_is_that_of_one_token_at_a_time(tok, stream):
                 log_p = model(torch.tensor(text[start:i])[None])[0][0, -1].double().log_softmax(-1)
                 bits -= log_p[text[i]].item() / math.log(2)
                 n_bytes += len(tok.decode_bytes([text[i]]))
-    assert bits_per_byte(model, text, tok, 10**6) == pytest.approx(bits / n_bytes, rel=1e-5)
+    assert bits_per_byte(model, text_rows(text, tok, T, 10**6), tok) == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
 def test_bits_per_byte_takes_windows_from_end_to_end_without_dropout(tok, stream):
     model = small_model(tok.n_vocab, dropout=0.5)
     ends = stream[:17], stream[-17:]
-    expected = np.average([bits_per_byte(model, part, tok, 16) for part in ends],
+    expected = np.average([bits_per_byte(model, text_rows(part, tok, 16, 1), tok) for part in ends],
                           weights=[tok.n_bytes[part[1:]].sum() for part in ends])
-    assert bits_per_byte(model, stream, tok, 32) == pytest.approx(expected, rel=1e-5)
-    assert model.training and bits_per_byte(model, stream[:16], tok, 32) is None
+    assert bits_per_byte(model, text_rows(stream, tok, 16, 2), tok) == pytest.approx(expected, rel=1e-5)
+    assert model.training and bits_per_byte(model, text_rows(stream[:16], tok, 16, 2), tok) is None
+
+
+def test_bits_per_byte_of_answers_leave_prompts_and_padding_out(tok, documents):
+    model, ids = small_model(tok.n_vocab).eval(), tok.encode(documents[0])
+    pairs, bits, n_bytes = [(ids[i:i + 4], ids[i + 4:i + 8]) for i in range(0, 120, 8)], 0.0, 0
+    batches = train.PairBatches(pairs, OBJECTIVES["sft"], tok, 16, 1, 0)
+    for row in batches.rows:  # one example after the other, as they stand in their row
+        seen = []
+        for prompt, answer in (batches.pairs[i] for i in row):
+            seen += [*prompt, tok.mid]
+            for x in answer:
+                bits -= model(torch.tensor([seen]))[0][0, -1].double().log_softmax(-1)[x].item() / math.log(2)
+                n_bytes += len(tok.decode_bytes([x]))
+                seen.append(x)
+            seen.append(tok.eot)
+    found = bits_per_byte(model, train.answer_rows(pairs, tok, 16, 100), tok)
+    assert found == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_learns(objective, base, tmp_path):
-    train.main([*base, *f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}".split()])
+    flags = f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}"
+    train.main([*base, *flags.split(), *pair_data(objective, tmp_path)])
     lines = metrics(tmp_path)
     assert abs(lines[0]["loss"] - math.log(400)) < 0.1  # it starts as a guess
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1]["held_out_bpb"] < 3.8
+    name = "answer_bpb" if OBJECTIVES[objective].answers else "held_out_bpb"
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1][name] < 3.8
+
+
+def test_init_from_starts_with_the_very_weights_and_vocabulary(base, tmp_path, monkeypatch):
+    train.main([*base, *f"--objective ntp --steps 3 --warmup 1 --out {tmp_path / 'ntp'}".split()])
+    source, tok, _ = load_model(tmp_path / "ntp")
+    idx = torch.randint(400, (2, 40))
+    first = []
+
+    monkeypatch.setattr(train, "describe", lambda config, model, *_: first.append((model(idx)[0].detach(), config)))
+    # another corpus, on which another vocabulary would be learned; a smaller context is fine
+    (tmp_path / "other.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 500)
+    flags = f"--init-from {tmp_path / 'ntp'} --objective fim_spm --steps 3 --warmup 1 --data {tmp_path / 'other.txt'}"
+    train.main([*flags.split(), *f"--block-size 64 --batch-size 2 --device cpu --cache-dir {tmp_path} --out {tmp_path / 'fim'}".split()])
+    logits, config = first[0]
+    assert torch.equal(logits, source(idx)[0]) and config.n_embd == 32 and config.block_size == 64
+    saved = load_checkpoint(tmp_path / "fim")
+    assert saved["tokenizer"] == tok.to_dict() and saved["step"] == 3
+    moved = saved["model"]["transformer.h.0.mlp.c_fc.weight"] - source.transformer.h[0].mlp.c_fc.weight
+    assert moved.abs().max() > 0
+    shutil.rmtree(tmp_path / "ntp")  # a run needs its start no more
 
 
 def test_accumulated_batches_are_one_large_batch(base, tmp_path):
@@ -140,7 +189,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, extra, ba
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_keep_a_copy)
     flags = f"--objective {objective} --steps 6 --warmup 2 --dropout 0.1 --grad-accum 2 --eval-every 2 --save-every 3"
-    train.main([*base, *f"{flags} {extra} --out {whole}".split()])
+    train.main([*base, *f"{flags} {extra} --out {whole}".split(), *pair_data(objective, tmp_path)])
     assert load_checkpoint(part)["step"] == 3
     train.main(["--resume", "--out", str(part), "--eval-every", "100"])  # evaluation leaves no trace in the weights
     first, second = load_checkpoint(whole), load_checkpoint(part)
@@ -150,7 +199,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, extra, ba
     assert [line["step"] for line in metrics(part)] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(metrics(whole), metrics(part), strict=True):
         assert all(one[key] == other[key] for key in ("step", "tokens", "loss", "lr"))
-        assert one["tokens"] == one["step"] * 2 * 4 * 72 and ("held_out_bpb" in one) == (one["step"] % 2 == 0)
+        assert one["tokens"] == one["step"] * 2 * 4 * 72 and (
+            "held_out_bpb" in one or "answer_bpb" in one) == (one["step"] % 2 == 0)
 
 
 def test_ctrl_c_saves_and_resume_finishes_on_the_same_text(base, tmp_path, documents, capsys):
@@ -231,6 +281,15 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--fim-rate 1.5", 2, "--fim-rate 1.5: expected 0 to 1"), ("--mask-ratio -1", 2, "--mask-ratio -1.0: expected 0"),
     ("--data /no/such/text", 1, "--data /no/such/text"), ("--device cuda:99", 2, "--device cuda:99"),
     ("--learning-rate 1", 2, "--learning-rate"), ("--step 5", 2, "--step"), ("--steps many", 2, "many"),
+    ("--init-from {run} --block-size 73", 2, "--block-size 73: {run} has 72"),
+    ("--init-from {run} --tokenizer bytes", 2, "--tokenizer bytes: {run} has bpe"),
+    ("--init-from {run} --vocab-size 500", 2, "--vocab-size 500: {run} has 400"),
+    ("--init-from {run} --n-layer 2", 2, "--n-layer 2: {run} has 1"),
+    ("--init-from {run} --no-qk-norm", 2, "--no-qk-norm: {run} has it on"),
+    ("--init-from {empty}", 1, "expected ckpt.pt, model.safetensors"), ("--init-from /no/such", 1, "no such file"),
+    ("--objective sft", 2, "is no .jsonl or .json"), ("--objective sft --data stdlib", 2, "--data stdlib: plain text"),
+    ("--data functions", 2, "--data functions: prompts and answers, which only"),
+    ("--objective meap_sft --data functions --mask-region all", 2, "--mask-region all: expected one of copy, answer"),
     ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.02 to 0.5"),
     ("--resume --out {run} --objective meap", 2, "--objective ntp to meap"), ("--resume --out {run}", 2, "all its 1"),
     ("--resume --out {empty}", 1, "ckpt.pt: no such checkpoint"), ("--out {run}", 2, "already holds a run")])
@@ -241,7 +300,7 @@ def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys)
     flags = [] if "--resume" in arguments else [*base, "--out", str(tmp_path / "new")]
     before = sorted(tmp_path.rglob("*"))
     found, line, n_lines = refusal([*flags, *arguments.format(run=run, empty=tmp_path).split()], capsys)
-    assert (found, n_lines) == (code, 1) and message in line
+    assert (found, n_lines) == (code, 1) and message.format(run=run) in line
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -249,7 +308,7 @@ def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys)
 def test_presets_are_settings_that_flags_override(preset):
     config = Config(**PRESETS[preset])
     assert config.n_embd % config.n_head == 0 and config.grad_accum >= 1 and 0 < config.warmup < config.steps
-    assert config.make_objective() == OBJECTIVES["ntp"]
+    assert config.make_objective() == OBJECTIVES[config.objective]
     given, _ = train.read_arguments(["--preset", preset, "--n-layer", "7", "--objective", "fim", "--spm-rate", "0.25"])
     assert (given.n_layer, given.lr, given.preset) == (7, config.lr, preset)
     assert (given.make_objective().fim_rate, given.make_objective().spm_rate) == (OBJECTIVES["fim"].fim_rate, 0.25)

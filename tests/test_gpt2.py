@@ -1,0 +1,151 @@
+"""GPT-2's weights in and out, against a forward pass written here from the paper and the published files alone."""
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+
+import gpt2
+import train
+from data import Tokenizer
+from gpt2 import load_gpt2, read_safetensors, save_gpt2, write_safetensors
+from model import GPT, GPTConfig
+
+V, T, C, L, H = 257, 32, 48, 3, 4
+
+
+@pytest.fixture
+def published():
+    """A state dict as published: no prefix, no sentinels, Conv1D's (in, out) matrices, the mask as a buffer."""
+    torch.manual_seed(1)
+    shapes = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(L):
+        shapes |= {f"h.{i}.{name}": shape for name, shape in {
+            "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.bias": (1, 1, T, T), "attn.c_attn.weight": (C, 3 * C),
+            "attn.c_attn.bias": (3 * C,), "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,),
+            "ln_2.bias": (C,), "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
+            "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,)}.items()}
+    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+@pytest.fixture(autouse=True)
+def small_vocabulary(monkeypatch):
+    """GPT-2's tokenizer is a download; single bytes stand in for it, with <|endoftext|> behind the last."""
+    monkeypatch.setattr(Tokenizer, "gpt2", Tokenizer.bytes)
+
+
+def reference(w, idx):
+    """GPT-2, one position and one head at a time. idx: list of ids -> logits (T, V)."""
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = torch.stack([w["wte.weight"][i] + w["wpe.weight"][t] for t, i in enumerate(idx)])
+    for layer in range(L):
+        q, k, v = linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").split(C, dim=-1)
+        y = torch.zeros_like(x)
+        for t in range(len(idx)):
+            for head in range(H):
+                part = slice(head * C // H, (head + 1) * C // H)
+                p = torch.softmax(k[:t + 1, part] @ q[t, part] / math.sqrt(C // H), 0)
+                y[t, part] = p @ v[:t + 1, part]
+        x = x + linear(y, f"h.{layer}.attn.c_proj")
+        h = linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+        h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+        x = x + linear(h, f"h.{layer}.mlp.c_proj")
+    return norm(x, "ln_f") @ w["wte.weight"].T
+
+
+def write(weights, folder, form):
+    (folder / "config.json").write_text(json.dumps({"n_head": H}))
+    if form == "safetensors":
+        write_safetensors(folder / "model.safetensors", weights)
+        return folder / "model.safetensors"
+    torch.save(weights, folder / "pytorch_model.bin")
+    return folder if form == "folder" else folder / "pytorch_model.bin"
+
+
+def build(start):
+    model = GPT(GPTConfig(**start["model_config"]))
+    model.load_state_dict(start["model"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", ["bin", "safetensors", "folder", "prefixed"])
+def test_published_weights_give_the_reference_logits(form, published, tmp_path):
+    weights = published
+    if form == "prefixed":  # as transformers' GPT2LMHeadModel.state_dict() names them
+        weights = {f"transformer.{name}": w for name, w in published.items()} | {"lm_head.weight": published["wte.weight"]}
+    model, idx = build(load_gpt2(write(weights, tmp_path, form))), torch.randint(V, (20,)).tolist()
+    with torch.no_grad():
+        logits = model(torch.tensor([idx]))[0][0]
+    torch.testing.assert_close(logits[:, :V], reference(published, idx), atol=1e-4, rtol=1e-4)
+
+
+def test_missing_special_tokens_get_the_mean_embedding(published, tmp_path):
+    wte = load_gpt2(write(published, tmp_path, "bin"))["model"]["transformer.wte.weight"]
+    assert len(wte) == Tokenizer.bytes().n_vocab == V + 4
+    torch.testing.assert_close(wte[V:], published["wte.weight"].mean(0).expand(4, -1))
+    assert torch.equal(wte[:V], published["wte.weight"])
+
+
+def test_training_goes_on_from_published_weights(published, tmp_path, documents):
+    (tmp_path / "text.py").write_text(documents[0])
+    path = write(published, tmp_path, "safetensors")
+    flags = f"--init-from {path} --objective fim_spm --data {tmp_path}/text.py --cache-dir {tmp_path}/cache --steps 2"
+    train.main([*flags.split(), *f"--warmup 1 --batch-size 2 --device cpu --block-size 24 --out {tmp_path}/run".split()])
+    saved = train.load_checkpoint(tmp_path / "run")
+    assert saved["model_config"]["block_size"] == 24 and saved["model_config"]["position"] == "learned"
+    moved = saved["model"]["transformer.h.0.mlp.c_fc.weight"] - published["h.0.mlp.c_fc.weight"].T
+    assert 0 < moved.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "not a whole state dict"), ("pytorch_model.bin", b"hello", "not a whole"),
+    ("pytorch_model.bin", None, "no such file")])
+def test_other_files_are_refused_in_one_sentence(name, content, message, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(OSError, match=message):
+        load_gpt2(tmp_path / name)
+    with pytest.raises(OSError, match="no such|not a whole|expected ckpt.pt"):
+        load_gpt2(tmp_path)
+
+
+def test_another_vocabulary_is_refused(published, tmp_path):
+    published["wte.weight"] = torch.randn(300, C)
+    with pytest.raises(OSError, match="300 tokens, GPT-2's 257"):
+        load_gpt2(write(published, tmp_path, "bin"))
+
+
+def test_weights_go_out_as_they_came_in(published, tmp_path):
+    start = load_gpt2(write(published, tmp_path, "bin"))
+    save_gpt2(build(start), tmp_path / "out", 256)
+    again = read_safetensors(tmp_path / "out/model.safetensors")
+    assert {name.removeprefix("transformer."): w.shape for name, w in again.items() if "wte" not in name} == {
+        name: w.shape for name, w in published.items() if ".attn.bias" not in name and "wte" not in name}
+    assert all(torch.equal(again[f"transformer.{name}"][:len(w)], w) for name, w in published.items() if ".attn.bias" not in name)
+    assert json.loads((tmp_path / "out/config.json").read_text())["n_head"] == H
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs the transformers package")
+def test_transformers_gives_the_same_logits(published, tmp_path):
+    import transformers
+    model, idx = build(load_gpt2(write(published, tmp_path, "bin"))), torch.randint(V, (2, 20))
+    save_gpt2(model, tmp_path / "out", 256)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_gpt2_does_not_cover_is_refused(tmp_path, monkeypatch, capsys):
+    model = GPT(GPTConfig(60, n_layer=1, n_embd=32))
+    monkeypatch.setattr(gpt2, "load_model", lambda path: (model, Tokenizer.bytes(), None))
+    with pytest.raises(SystemExit) as stop:
+        gpt2.main(["run", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "GPT-2 has position learned, this model rope" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
