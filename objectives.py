@@ -104,9 +104,9 @@ class Objective:
         return inputs, targets
 
 
-# The paper cuts by char, uniformly, whole documents or windows. A small model learns where to stop from many short holes,
-# half of them whole lines: README shows by how much.
-FIM = Objective(fim_rate=0.5, span="mixed", middle="log_uniform", min_piece=16, max_piece=96)
+# The paper cuts half of its texts, by char, uniformly. A small model learns where to stop from many short holes, half of
+# them whole lines, and pays for each in left-to-right loss: README shows how much.
+FIM = Objective(fim_rate=0.3, span="mixed", middle="log_uniform")
 OBJECTIVES = {
     "ntp": Objective(),
     "meap": Objective(mask_ratio=0.15),

@@ -1,6 +1,7 @@
 """Every scorer against a value found another way, an oracle that knows the answers and a model that knows nothing, the
 problems' own tests, the sandbox, and the files that a user may hand in."""
 import gzip
+import importlib.util
 import itertools
 import json
 import math
@@ -106,7 +107,7 @@ def test_continuations_are_those_of_a_loop_without_a_cache(model, tok):
 
 def test_bits_per_byte_are_those_of_training_and_of_a_blind_guess(model, tok, stream):
     ours = evaluate.bpb(model, tok, stream, 40)["left to right"]
-    assert ours["mean"] == pytest.approx(train.bits_per_byte(model, stream, tok, 40 * 64), rel=1e-5) and ours["n"] == 40
+    assert ours["mean"] == pytest.approx(train.bits_per_byte(model, train.text_rows(stream, tok, 64, 40), tok), rel=1e-5) and ours["n"] == 40
     blind = evaluate.bpb(Oracle(tok), tok, stream, 10)["left to right"]["mean"]
     windows = np.concatenate([stream[s + 1:s + 513] for s in np.linspace(0, len(stream) - 513, 10).astype(int)])
     assert blind == pytest.approx((windows != tok.eot).sum() * math.log2(tok.n_vocab) / tok.n_bytes[windows].sum())
@@ -189,6 +190,19 @@ def test_choice_takes_the_likeliest_per_token_and_shares_ties(tok, stream):
     assert evaluate.choice(Oracle(tok), tok, questions)["right"]["mean"] == 0.25
     scores = [evaluate.Score(np.array(log_p), None, None) for log_p in ([-1.0, -1.0, -1.0], [-1.5], [-0.5, -3.0])]
     assert [evaluate.choose(scores, label) for label in range(3)] == [1, 0, 0]
+
+
+def test_answers_cost_an_oracle_nothing_and_a_blind_model_all(tok, stream):
+    ids = stream[:400].tolist()
+    pairs = [(ids[i:i + 5], ids[i + 5:i + 5 + n]) for i, n in zip(range(0, 360, 40), range(3, 12))]
+    too_long = ([1], [2] * 600)
+    knows = Oracle(tok, [([*prompt, tok.mid], [*answer, tok.eot]) for prompt, answer in pairs])
+    assert means(evaluate.answers(knows, tok, [too_long, *pairs], True)) == pytest.approx(
+        {"answer": 0, "likeliest token": 1, "exact match": 1}, abs=1e-6)
+    assert evaluate.answers(knows, tok, pairs, False)["exact match"]["mean"] == 0  # without <MID> it knows nothing
+    blind = means(evaluate.answers(Oracle(tok), tok, pairs, True))
+    tokens = [token for _, answer in pairs for token in answer]
+    assert blind["answer"] == pytest.approx(len(tokens) * math.log2(tok.n_vocab) / len(tok.decode_bytes(tokens)))
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass():
@@ -317,7 +331,6 @@ def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(m
 
 
 def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, documents, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     (tmp_path / "text.py").write_text("\n".join(documents[:3]))
     small = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=1, n_head=1, n_embd=16))
     for name in ("ntp", "fim"):
@@ -327,8 +340,11 @@ def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, do
             "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(), "step": 1,
             "objective": objective, "config": {"data": str(tmp_path / "text.py"), "objective": name}})
     ckpt, fim, out, cache, png = (str(tmp_path / name) for name in ("ntp", "fim", "out", "cache", "png"))
-    evaluate.main(["--ckpt", ckpt, fim, "--limit", "2", "--out", out, "--cache-dir", cache, "--figures", png,
-                   "--device", "cpu"])
+    (tmp_path / "fim/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "epoch": 0.5, "answer_bpb": 2.0}\n')
+    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"prompt": "{i}:", "answer": "{i} {i}"}}\n' for i in range(60)))
+    can_draw = importlib.util.find_spec("matplotlib")
+    evaluate.main(["--ckpt", ckpt, fim, "--limit", "2", "--out", out, "--cache-dir", cache, "--device", "cpu",
+                   "--pairs", str(tmp_path / "pairs.jsonl"), *(["--figures", png] if can_draw else [])])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["task", "ntp", "fim"] and len({len(line) for line in lines}) == 1
     assert {line.split()[0] for line in lines[1:]} == set(evaluate.TASKS)
@@ -336,8 +352,9 @@ def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, do
     assert results["ntp"]["bpb"] == results["fim"]["bpb"] and results["ntp"]["infill"] == {}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json", "samples-fim-psm.jsonl", "samples-fim-spm.jsonl"}
-    assert {path.name for path in (tmp_path / "png").iterdir()} == {
-        "needle.png", "multidoc.png", "attention.png", "head-ntp.png", "head-fim.png"}
+    assert results["fim"]["answers"]["curve"] == [[0.5, 2.0]] and "curve" not in results["ntp"]["answers"]
+    assert not can_draw or {path.name for path in (tmp_path / "png").iterdir()} == {
+        "needle.png", "multidoc.png", "answers.png", "attention.png", "head-ntp.png", "head-fim.png"}
 
 
 SERVER = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"

@@ -144,7 +144,7 @@ def test_training_learns(objective, base, tmp_path):
     lines = metrics(tmp_path)
     assert abs(lines[0]["loss"] - math.log(400)) < 0.1  # it starts as a guess
     name = "answer_bpb" if OBJECTIVES[objective].answers else "held_out_bpb"
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1][name] < 3.8
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.8 and lines[-1][name] < 4.1
 
 
 def test_init_from_starts_with_the_very_weights_and_vocabulary(base, tmp_path, monkeypatch):
