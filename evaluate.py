@@ -426,6 +426,18 @@ def table(results):
                                for i, (part, width) in enumerate(zip(line, widths))) for line in lines)
 
 
+def pool(results, objectives):
+    """results, and {checkpoint: its objective} -> a column for each objective, {objective (runs): {task: figures}}: each
+    figure the mean of its runs', with the standard error over the runs, such as seeds. What is no figure is left out."""
+    groups = defaultdict(list)
+    for name, tasks in results.items():
+        groups[objectives[name]].append(tasks)
+    return {f"{objective} ({len(runs)})": {
+        task: {name: figure([run[task][name]["mean"] for run in runs if run[task][name]["mean"] is not None], unit=f["unit"])
+               for name, f in runs[0][task].items() if isinstance(f, dict) and "mean" in f}
+        for task in runs[0]} for objective, runs in groups.items()}
+
+
 def read_arguments(arguments):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", nargs="+", metavar="DIR", help="folders of runs (default: the newest under out/); "
@@ -448,6 +460,7 @@ def read_arguments(arguments):
                         "fine-tuned on, or functions)")
     parser.add_argument("--out", default="out/eval", metavar="DIR", help="for results.json, samples (default out/eval)")
     parser.add_argument("--figures", metavar="DIR", help="draw PNGs there; needs matplotlib")
+    parser.add_argument("--pool", action="store_true", help="print a column for each objective, errors over its runs (seeds)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
     for task in args.tasks:
@@ -475,7 +488,7 @@ def main(arguments=None):
     elif "infill" in args.tasks:
         args.problems = stdlib_problems(args.limit or 200, args.seed)
     args.limit = args.limit or 200
-    out, first, asked, results = Path(args.out), None, args.orders, {}
+    out, first, asked, results, objectives = Path(args.out), None, args.orders, {}, {}
     out.mkdir(parents=True, exist_ok=True)
     for folder in args.ckpt or [newest_run()]:
         model, tok, checkpoint = load_model(folder, args.device)
@@ -492,12 +505,13 @@ def main(arguments=None):
         name = Path(folder).resolve().name
         while name in results:
             name += "'"
+        objectives[name] = checkpoint["config"]["objective"]
         results[name] = {task: TASKS[task](model, tok, args) for task in args.tasks}
         for order in args.orders if args.samples else ():  # the form that the benchmarks' own harness scores
             (out / f"samples-{name}-{order}.jsonl").write_text("".join(
                 json.dumps({"task_id": s["task_id"], "completion": s["completion"]}) + "\n"
                 for s in args.samples if s["order"] == order))
-    print(table(results))
+    print(table(pool(results, objectives) if args.pool else results))
     settings = {"data": args.data, "limit": args.limit, "seed": args.seed, "n": args.n, "temperature": args.temperature}
     (out / "results.json").write_text(json.dumps(settings | {"results": results}, indent=1))
     drawn = draw(results, Path(args.figures)) if args.figures else []

@@ -129,7 +129,7 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 PRESETS = {
     "toy": {},
     "laptop": {"n_layer": 6, "steps": 3600, "lr": 0.005, "warmup": 100, "eval_every": 450, "save_every": 225},
-    "finetune": {"steps": 400, "lr": 0.002, "warmup": 20, "eval_every": 50, "save_every": 100},
+    "finetune": {"steps": 640, "lr": 0.002, "warmup": 20, "eval_every": 80, "save_every": 160},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned", "qk_norm": False,
              "token_shift": False, "gelu": "tanh", "bias": True, "tokenizer": "gpt2", "batch_size": 32, "grad_accum": 16,
              "steps": 5000, "lr": 2e-3, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},

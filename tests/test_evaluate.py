@@ -73,6 +73,17 @@ def test_a_figure_is_a_mean_with_its_standard_error():
     assert evaluate.figure([])["mean"] is None and evaluate.figure([1])["se"] is None
 
 
+def test_pooled_runs_give_the_mean_and_the_error_over_seeds():
+    def run(mean):
+        return {"bpb": {"x": {"mean": mean, "se": 9, "n": 7, "unit": "bits/byte"}, "grid": [1]}}
+
+    pooled = evaluate.pool({"a": run(1.0), "b": run(2.0), "c": run(6.0), "d": run(None)},
+                           {"a": "ntp", "b": "ntp", "c": "ntp", "d": "fim"})
+    assert list(pooled) == ["ntp (3)", "fim (1)"] and list(pooled["ntp (3)"]["bpb"]) == ["x"]
+    assert pooled["ntp (3)"]["bpb"]["x"] == pytest.approx({"mean": 3, "se": math.sqrt(7 / 3), "n": 3, "unit": "bits/byte"})
+    assert "-" in evaluate.table(pooled).splitlines()[1] and "3.000 ± 1.528" in evaluate.table(pooled)
+
+
 def test_score_gives_each_token_what_the_model_gives_it_alone(model, tok, stream):
     rng = np.random.default_rng(1)
     pairs = []
