@@ -32,10 +32,10 @@ def prepare_pairs(source="functions", tokenizer="bpe", vocab_size=2048, tok=None
         raise ValueError(f"--data {source}: plain text; fine-tuning needs functions, or a .jsonl or .json of pairs")
     found = function_pairs() if source == "functions" else [
         (pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
-    if not found:
-        raise ValueError(f"--data {source}: no pairs in it")
     held_out = {text: is_held_out(text) for text in {text for _, text in found}}
     sides = {held: [pair for pair, text in found if held_out[text] == held] for held in (False, True)}
+    if not sides[False]:
+        raise ValueError(f"--data {source}: no pairs to train on in it")
     tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in sides[False] for text in pair))
     encoded = [list(zip(*(tok.encode_batch(list(texts)) for texts in zip(*sides[held])))) for held in (False, True)]
     return tok, *encoded

@@ -241,7 +241,7 @@ def train(config, checkpoint=None):
                 name, rows = (("answer_bpb", answer_rows) if objective.answers else ("held_out_bpb", text_rows))
                 report = {name: bits_per_byte(model, rows(held_out, tok, config.block_size, n_rows), tok, autocast)}
                 if report[name] is None:
-                    tqdm.write(f"step {done}: the held-out text is shorter than a window")
+                    tqdm.write(f"step {done}: no held-out text, or less than a window")
                 else:
                     stop_if_diverged(report[name], done, config)
                     of = " of the answers" if objective.answers else ""

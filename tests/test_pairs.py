@@ -156,7 +156,7 @@ def test_each_form_of_record_gives_its_pairs(ending, tmp_path):
     ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
     ("a.jsonl", '{"prompt": "p", "answer": null}', "line 1 is no pair"), ("a.json", "{", "is not JSON"),
     ("a.json", '{"prompt": "p", "answer": "a"}', "is no pair"), ("a.txt", "hello", "is no .jsonl or .json"),
-    ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs in it"), ("a.jsonl.gz", "no gzip", "cannot be read")])
+    ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs to train on"), ("a.jsonl.gz", "no gzip", "cannot be read")])
 def test_a_bad_file_is_one_sentence_with_its_line(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
