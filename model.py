@@ -134,7 +134,7 @@ class SelfAttention(nn.Module):
     def forward(self, x, rotations, cache):
         B, T, C = x.shape
         if self.config.token_shift:
-            x = shift_tokens(x, cache.last_input(x) if cache else torch.zeros_like(x[:, :1]))
+            x = shift_tokens(x, cache)
         q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, H, T, D)
         if self.config.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
@@ -142,7 +142,7 @@ class SelfAttention(nn.Module):
         if rotations is not None:
             q, k = (rotate(part, rotations) for part in (q, k))
         if cache is not None:
-            k, v = cache.append(k, v)                                           # (B, H, S, D), S >= T
+            k, v = cache.store("k", k), cache.store("v", v)                     # (B, H, S, D), S >= T
         dropout = self.config.dropout if self.training else 0.0
         if self.config.attention == "manual":
             y, weights = causal_attention(q, k, v, dropout)
@@ -161,7 +161,8 @@ def causal_attention(q, k, v, dropout=0.0):
     q (B, H, T, D), k and v (B, H, S, D) -> output (B, H, T, D), weights (B, H, T, S). The queries are the last T of S
     positions (T = S in training); each sees itself and what comes before it. Each row of weights sums to 1."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                 # (B, H, T, S)
-    scores = scores + causal_mask(q.shape[2], k.shape[2], scores)
+    if q.shape[2] > 1:  # the last position sees all
+        scores = scores + causal_mask(q.shape[2], k.shape[2], scores)
     weights = F.softmax(scores, dim=-1)
     return F.dropout(weights, dropout) @ v, weights
 
@@ -171,15 +172,16 @@ def causal_mask(T, S, like):
     return torch.full((T, S), float("-inf"), dtype=like.dtype, device=like.device).triu(S - T + 1)
 
 
-def shift_tokens(x, before):
+def shift_tokens(x, cache=None):
     """x (B, T, C) -> the same with the first quarter of the channels taken from the token before (RWKV, Peng et al., 2023).
 
-    before (B, 1, C): what stands in front of x. Each position then knows which token it follows, so that "the first token
+    The cache knows what stands in front of x. Each position then knows which token it follows, so that "the first token
     after <PRE>", where the suffix begins, or "what came after this word last time" is found by one attention layer in
     place of two."""
-    quarter = x.shape[-1] // 4
-    shifted = torch.cat((before, x[:, :-1]), dim=1)
-    return torch.cat((shifted[..., :quarter], x[..., quarter:]), dim=-1)
+    T, quarter = x.shape[1], x.shape[-1] // 4
+    moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
+    shifted = F.pad(moving[:, -T - 1:], (0, 0, 1, -1))[:, -T:]                  # before the first token there is 0
+    return torch.cat((shifted, x[..., quarter:]), dim=-1)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -241,31 +243,32 @@ def rotate(x, rotations):
 
 
 class KVCache:
-    """The keys and values that a model has computed so far, so that generating a token costs one position, not all."""
+    """The keys and values that a model has computed so far, so that generating a token costs one position, not all.
+
+    length: how many tokens it holds, at most block_size. Set lower, it forgets those behind; they are written over."""
 
     def __init__(self, config):
-        self.length = 0
-        self.layers = [LayerCache() for _ in range(config.n_layer)]
+        self.block_size, self.length = config.block_size, 0
+        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
 
     def repeat(self, n):
         """Each row becomes n neighbouring ones: samples that share a prompt share the pass over it."""
         for layer in self.layers:
-            layer.k, layer.v = (part.repeat_interleave(n, 0) for part in (layer.k, layer.v))
-            if layer.x is not None:
-                layer.x = layer.x.repeat_interleave(n, 0)
+            layer.parts = {name: part.repeat_interleave(n, 0) for name, part in layer.parts.items()}
 
 
 class LayerCache:
-    """k and v (B, H, S, D) of one layer's S tokens so far, and x (B, 1, C), the last input of its attention."""
-    k = v = x = None
+    """One layer's k and v (B, H, block_size, D), and x (B, block_size, C / 4), which shift_tokens reads.
 
-    def append(self, k, v):
-        if self.k is not None:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v = k, v
-        return k, v
+    Each is allocated whole when it is first used: a new token is then written in its place, and nothing is copied."""
 
-    def last_input(self, x):
-        before = torch.zeros_like(x[:, :1]) if self.x is None else self.x
-        self.x = x[:, -1:]
-        return before
+    def __init__(self, cache):
+        self.cache, self.parts = cache, {}
+
+    def store(self, name, new):
+        """new (..., T, D), of the T tokens after the cache's S -> (..., S + T, D): the same of all of them."""
+        start, end = self.cache.length, self.cache.length + new.shape[-2]
+        if name not in self.parts:
+            self.parts[name] = new.new_empty(*new.shape[:-2], self.cache.block_size, new.shape[-1])
+        self.parts[name][..., start:end, :] = new
+        return self.parts[name][..., :end, :]

@@ -3,6 +3,7 @@
     python sample.py --prompt "def main("
     python sample.py --prefix "def mean(xs):\\n    return " --suffix " / len(xs)\\n"
     python sample.py --file draft.py            # a text with <FILL> where the hole is
+    python sample.py --file draft.py --interactive      # type in the hole, get an infill, type on
     python sample.py --instruct "def mean(xs):\\n    \"The mean.\"\\n"        # a model that was fine-tuned on pairs
 
 Infilling lays prefix and suffix out as in training (objectives.fim_prompt) and samples until <EOT>, the model's word that
@@ -32,23 +33,26 @@ ENDINGS = {"eot": "the model stopped", "suffix": "cut where it began to repeat t
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=None, n=1, allowed=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=None, n=1, allowed=None,
+             cache=None):
     """Samples up to max_new_tokens after each row of idx (B, T); yields (ids (B*n,), log-probabilities (B*n,)) per step.
 
     Row b's n samples are rows b*n .. b*n+n-1; they share one pass over the prompt. temperature 0 takes the likeliest.
     stop: the id that ends a row; an ended row repeats it at log-probability 0, and generation ends with the last row.
     allowed: how many ids, from 0, may be drawn. Log-probabilities are the model's own, in nats, before temperature and
-    cuts. Past block_size the older half of the context is forgotten."""
+    cuts. cache: a KVCache that holds the first tokens of idx already. Past block_size the older half of the context is
+    forgotten."""
     check_range("temperature", temperature, 0, 100)
     check_range("top_p", top_p, 1e-6, 1)
     rng = torch.Generator(idx.device)
     rng.manual_seed(0 if seed is None else seed)
     block_size = model.config.block_size
     seen = idx[:, -block_size:]
-    cache = KVCache(model.config)
-    logits = model(seen, cache=cache)[0][:, -1].repeat_interleave(n, 0)
+    cache = cache or KVCache(model.config)
+    logits = model(seen[:, cache.length:], cache=cache)[0][:, -1].repeat_interleave(n, 0)
     seen = seen.repeat_interleave(n, 0)
-    cache.repeat(n)
+    if n > 1:
+        cache.repeat(n)
     ended = torch.zeros(len(seen), dtype=torch.bool, device=idx.device)
     for i in range(max_new_tokens):
         if i:
@@ -97,15 +101,32 @@ class Infill:
 
 
 def infill(model, tok, prefix, suffix, n=1, max_new_tokens=64, order="spm", spm_layout="swapped", temperature=0.0,
-           top_k=0, top_p=1.0, seed=None, stream=None, warn=None):
+           top_k=0, top_p=1.0, seed=None, stream=None, warn=None, cache=None):
     """Fills the hole between two texts: a list of n Infill, the best first.
 
     What of the texts does not fit the context is trimmed, and warn called with a sentence that says so; stream is called
-    with each new piece of text (n must be 1). Raises ValueError if the context leaves no room."""
+    with each new piece of text, and cache is a PromptCache from the infill before (n must be 1 for both). Raises
+    ValueError if the context leaves no room."""
     prompt = infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn)
+    if cache:
+        cache.cut_back_to(prompt)
     idx = torch.tensor([prompt], device=next(model.parameters()).device)
-    steps = generate(model, idx, max_new_tokens, temperature, top_k, top_p, tok.eot, seed, n, allowed=tok.eot + 1)
+    steps = generate(model, idx, max_new_tokens, temperature, top_k, top_p, tok.eot, seed, n, tok.eot + 1, cache)
     return best_first(collect(steps, tok, stream), tok, suffix)
+
+
+class PromptCache(KVCache):
+    """Computes of a prompt only what the prompt before did not begin with.
+
+    That is why SPM puts the suffix first (FIM paper, section 3): text appended to the prefix leaves the keys and values
+    of the suffix, and of the prefix so far, as they were. In PSM order the whole suffix moves.
+    ids: the last prompt; reused: how many of its tokens were not computed again."""
+    ids, reused = [], 0
+
+    def cut_back_to(self, prompt):
+        common = next((i for i, pair in enumerate(zip(self.ids, prompt)) if pair[0] != pair[1]), len(self.ids))
+        self.reused = self.length = min(common, len(prompt) - 1)  # the last token's logits are needed
+        self.ids = prompt
 
 
 def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn=None):
@@ -277,6 +298,7 @@ def main(arguments=None):
     parser.add_argument("--prefix", help="text before the hole (\\n is a line end)")
     parser.add_argument("--suffix", help="text after the hole")
     parser.add_argument("--file", metavar="F", help=f"a text with one {FILL} in it, the hole")
+    parser.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
     parser.add_argument("--order", choices=ORDERS, help="layout of the prompt (default: spm if it was trained on, else psm)")
     parser.add_argument("--n", type=int, default=1, help="samples, in one batch; infills are ranked (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default 64")
@@ -291,8 +313,8 @@ def main(arguments=None):
     check_range("--n", args.n, 1, 1024)
     check_range("--max-new-tokens", args.max_new_tokens, 1, 10**6)
     check_range("--top-k", args.top_k, 0, 10**6)
-    if args.stream and args.n > 1:
-        raise ValueError(f"--stream --n {args.n}: expected one sample to stream")
+    if (args.stream or args.interactive) and args.n > 1:
+        raise ValueError(f"--n {args.n}: expected one sample with --stream and --interactive")
     temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
     device = pick_device(args.device)
     folder = args.ckpt or newest_run()
@@ -325,9 +347,11 @@ def main(arguments=None):
     order = args.order or ("spm" if objective["spm_rate"] > 0 else "psm")
     if objective["spm_rate"] == (order == "psm"):
         print(f"note: this model was never trained on {order}", file=sys.stderr)
-    infills = infill(model, tok, prefix, suffix, max_new_tokens=args.max_new_tokens, order=order,
-                     spm_layout=objective["spm_layout"], stream=stream,
-                     warn=warn, **settings)
+    settings |= {"max_new_tokens": args.max_new_tokens, "order": order, "spm_layout": objective["spm_layout"],
+                 "stream": stream, "warn": warn}
+    if args.interactive:
+        return interact(model, tok, prefix, suffix, settings)
+    infills = infill(model, tok, prefix, suffix, **settings)
     for i, best in enumerate(infills, 1):
         if args.n > 1:
             print(f"--- {i} of {args.n}, {ENDINGS[best.ended]}, {best.mean_log_p:.2f} nats a token")
@@ -339,17 +363,39 @@ def main(arguments=None):
             print(f"({ENDINGS[best.ended]}, {best.mean_log_p:.2f} nats a token)", file=sys.stderr)
 
 
+def interact(model, tok, prefix, suffix, settings):
+    """Type text, get an infill, type on, until the input ends. A line is appended to the prefix; an empty one takes the
+    last infill in."""
+    cache, taken = PromptCache(model.config), ""
+    while True:
+        try:
+            typed = input("> ")
+        except EOFError:
+            return print()
+        prefix += as_text("interactive", typed) if typed else taken
+        best, = infill(model, tok, prefix, suffix, cache=cache, **settings)
+        taken = best.text
+        print("" if settings["stream"] else prefix + paint(taken) + suffix)
+        print(f"({ENDINGS[best.ended]}, {best.mean_log_p:.2f} nats a token; {cache.reused} of the prompt's "
+              f"{len(cache.ids)} tokens reused)", file=sys.stderr)
+
+
+def as_text(name, text):
+    """What was typed for --name, with \\n and \\t as line end and tab. Raises ValueError where it is no text."""
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"--{name} {text!r}: not UTF-8 text (it has a lone surrogate)")
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def read_hole(args):
     """The prefix and the suffix that the arguments give, or two empty texts with --prompt. Raises ValueError."""
-    hole = args.prefix is not None or args.suffix is not None
+    hole = args.prefix is not None or args.suffix is not None or args.interactive and args.file is None
     if (args.prompt is not None) + (args.instruct is not None) + hole + (args.file is not None) != 1:
         raise ValueError("expected one of --prompt TEXT, --instruct TEXT, --prefix TEXT with --suffix TEXT, or --file F")
     for name in ("prompt", "instruct", "prefix", "suffix"):
         text = getattr(args, name)
         if text is not None:
-            if re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"--{name} {text!r}: not UTF-8 text (it has a lone surrogate)")
-            setattr(args, name, text.replace("\\n", "\n").replace("\\t", "\t"))
+            setattr(args, name, as_text(name, text))
     if args.file is None:
         return args.prefix or "", args.suffix or ""
     try:

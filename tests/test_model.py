@@ -123,6 +123,35 @@ def test_the_kv_cache_changes_no_logits(attention, position, chunks):
             model(more, cache=seen)
 
 
+@ATTENTIONS
+@POSITIONS
+def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position):
+    """... the token shift's last token, too; and each of two samples then goes its own way."""
+    model = small_model(attention=attention, position=position)
+    cache, other = KVCache(model.config), torch.cat((IDX[:, :9], IDX[:, 9:].flip(1)), 1)
+    with torch.no_grad():
+        model(IDX, cache=cache)
+        cache.length = 9
+        torch.testing.assert_close(model(other[:, 9:20], cache=cache)[0], model(other)[0][:, 9:20], rtol=1e-4, atol=1e-4)
+        cache.repeat(2)
+        fork = IDX[:, 2:6].reshape(4, 2)                                        # two ways to go on for each row
+        expected = model(torch.cat((other[:, :20].repeat_interleave(2, 0), fork), 1))[0][:, 20:]
+        torch.testing.assert_close(model(fork, cache=cache)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kv_cache_is_allocated_once_and_written_in_place():
+    model = small_model()
+    cache = KVCache(model.config)
+    with torch.no_grad():
+        model(IDX[:, :3], cache=cache)
+        before = [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
+        for t in range(3, 24):
+            model(IDX[:, t:t + 1], cache=cache)
+    assert before == [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
+    assert {name: part.shape for name, part in cache.layers[0].parts.items()} == {
+        "k": (2, 2, 24, 16), "v": (2, 2, 24, 16), "x": (2, 24, 8)}
+
+
 @pytest.mark.parametrize("n", [1, 5, CrossEntropy.ROWS, 2 * CrossEntropy.ROWS + 3])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale", [3, 100])

@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,24 @@ def test_a_long_prompt_keeps_the_text_around_the_hole(n_prefix, n_suffix, docume
         assert f"first {len(kept_suffix)} of {len(suffix)}" in warnings[0]
 
 
+@pytest.mark.parametrize("order, layout", [("psm", "swapped"), ("spm", "swapped"), ("spm", "labelled"), ("spm", "joint")])
+def test_typing_on_reuses_the_cache_and_gives_the_infill_that_starting_afresh_gives(order, layout, documents, tok):
+    """FIM paper, section 3: in SPM order, text appended to the prefix leaves the suffix's keys and values as they were."""
+    model, suffix = small_model(tok.n_vocab, 160), documents[0][1000:1200]
+    prompts = [f"{documents[0][:100]}{typed}" for typed in ("", " def me", " def mean(xs)", " def mean(xs)", "", "x" * 300)]
+    cache, before = sample.PromptCache(model.config), []
+    for prefix in prompts:
+        settings = {"max_new_tokens": 12, "order": order, "spm_layout": layout}
+        one, afresh = (infill(model, tok, prefix, suffix, cache=c, **settings)[0] for c in (cache, None))
+        assert (one.text, one.ended) == (afresh.text, afresh.ended) and one.mean_log_p == pytest.approx(afresh.mean_log_p)
+        prompt = infill_prompt(model, tok, prefix, suffix, 12, order, layout)
+        shared = len(os.path.commonprefix([before, prompt]))
+        assert cache.reused == min(shared, len(prompt) - 1)
+        if order == "spm" and before and len(prompt) < 160 - 12:
+            assert cache.reused > len(tok.encode(suffix)) + 2  # and all but the last token of the prefix that was there
+        before = prompt
+
+
 def test_sentinels_in_a_prompt_are_text(tok):
     prompt = infill_prompt(small_model(block_size=64), tok, "a <MID> b", "<EOT><PRE>", 8, "psm", "swapped")
     assert [i for i in prompt if i in tok.specials] == [tok.pre, tok.suf, tok.mid]
@@ -279,12 +298,33 @@ def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
     assert cli(*hole, "--n", "3", "--seed", "2").out != shown == cli(*hole, "--n", "3", "--seed", "1").out
 
 
+def test_the_command_line_infills_while_one_types(cli, runs, monkeypatch):
+    model, tok, _ = sample.load_model(runs / "fim")
+    typed = ["", "", " / len(xs)\\n"]  # an infill; take it, and another; type on
+
+    def read(_):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", read)
+    shown = cli("--interactive", "--prefix", PREFIX, "--suffix", SUFFIX.replace("\n", "\\n"))
+    first = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12)[0].text
+    second = infill(model, tok, PREFIX + first, SUFFIX, max_new_tokens=12)[0].text
+    third = infill(model, tok, PREFIX + first + " / len(xs)\n", SUFFIX, max_new_tokens=12)[0].text
+    assert shown.out == (f"{PREFIX}{first}{SUFFIX}\n{PREFIX}{first}{second}{SUFFIX}\n"
+                         f"{PREFIX}{first} / len(xs)\n{third}{SUFFIX}\n\n")
+    reused = [int(n) for n in re.findall(r"(\d+) of the prompt's \d+ tokens reused", shown.err)]
+    assert reused[0] == 0 and reused[1] >= len(tok.encode(SUFFIX)) + 2 <= reused[2]
+
+
 @pytest.mark.parametrize("arguments, code, message", [
     ("--prompt a\udc80", 2, "lone surrogate"), ("--prefix \ud800 --suffix b", 2, "lone surrogate"),
     ("", 2, "expected one of --prompt"), ("--prompt a --suffix b", 2, "expected one of --prompt"),
     ("--file zero.py", 2, "found 0"), ("--file two.py", 2, "found 2"), ("--file latin.py", 2, "UTF-8"),
+    ("--interactive --n 2", 2, "--n 2: expected one sample"), ("--interactive --prompt a", 2, "expected one of --prompt"),
     ("--file missing.py", 1, "missing.py"), ("--prompt a --n 0", 2, "--n 0: expected 1"),
-    ("--prompt a --n 2 --stream", 2, "--stream --n 2"), ("--prompt a --top-k -1", 2, "--top-k -1"),
+    ("--prompt a --n 2 --stream", 2, "--n 2: expected one"), ("--prompt a --top-k -1", 2, "--top-k -1"),
     ("--prompt a --top-p 1.5", 2, "top_p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
     ("--prompt a --temperature -1", 2, "temperature -1.0: expected 0"), ("--prompt a --n two", 2, "two"),
     ("--prompt a --temperature nan", 2, "temperature nan"), ("--prompt a --device abacus", 2, "--device abacus"),
