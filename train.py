@@ -164,12 +164,7 @@ def train(config, checkpoint=None):
     if resuming and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(text)):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
-    torch.manual_seed(config.seed)
-    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name not in ("vocab_size", "attention")}
-    attention = config.attention
-    if attention == "auto":
-        attention = "fused" if device.type == "cuda" else "manual"
-    model = GPT(GPTConfig(tok.n_vocab, attention=attention, **shape)).to(device)
+    model = make_model(config, tok.n_vocab, device)
     optimizers = make_optimizers(model, config)
     first = 0
     if checkpoint:
@@ -184,40 +179,18 @@ def train(config, checkpoint=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
     describe(config, model, tok, batches, held_out, objective, device, bf16, first)
-
-    def load(step):
-        """The micro-batches of a step, as tensors on the device."""
-        pairs = [batches.batch(step * config.grad_accum + i) for i in range(config.grad_accum)]
-        tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
-        if device.type != "cuda":
-            return [[ids.to(device) for ids in pair] for pair in tensors]
-        return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
-
     model.train()
     metrics, report, stopping = Metrics(out / "metrics.jsonl", first), {}, Interrupt()
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
     with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True) as bar, \
             ThreadPoolExecutor(1) as prefetch, stopping:
-        waiting = prefetch.submit(load, first)
+        waiting = prefetch.submit(load, batches, first, config, device)
         logged, started = first, time.perf_counter()
         for step in range(first, config.steps):
             micro_batches = waiting.result()
-            waiting = prefetch.submit(load, step + 1)
-            torch.manual_seed(config.seed * 2**32 + step)  # dropout, too, depends on (seed, step) alone
-            total = 0.0
-            for inputs, targets in micro_batches:
-                with autocast:
-                    _, loss = forward(inputs, targets)
-                (loss / config.grad_accum).backward()
-                total = total + loss.detach() / config.grad_accum
-            if config.clip:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config)
-                optimizer.step()
-                optimizer.zero_grad()
+            waiting = prefetch.submit(load, batches, step + 1, config, device)
+            total = update(forward, micro_batches, optimizers, step, config, autocast)
             done = step + 1
             bar.update()
             last = done == config.steps or stopping.asked
@@ -229,6 +202,7 @@ def train(config, checkpoint=None):
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
             logged, started = done, now
+            targets = micro_batches[-1][1]
             wanted = targets[targets != IGNORE].cpu()
             bpb = loss / math.log(2) / max(1e-9, tok.n_bytes[wanted].mean())
             bar.set_postfix_str(f"loss {loss:.3f}, {bpb:.3f} bits/byte, {speed:,.0f} tokens/s")
@@ -255,7 +229,7 @@ def train(config, checkpoint=None):
             metrics.write(line)
             if done % config.save_every == 0 or last:
                 with torch.no_grad(), autocast:  # this step may have thrown the weights out
-                    stop_if_diverged(forward(inputs, targets)[1].item(), done, config)
+                    stop_if_diverged(forward(*micro_batches[-1])[1].item(), done, config)
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
@@ -267,6 +241,44 @@ def train(config, checkpoint=None):
     else:
         print(f"done, saved in {out}; try: python sample.py --ckpt {out}")
     return report
+
+
+def make_model(config, n_vocab, device):
+    """A new GPT as config has it; its weights come from the seed."""
+    torch.manual_seed(config.seed)
+    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name not in ("vocab_size", "attention")}
+    attention = config.attention
+    if attention == "auto":
+        attention = "fused" if device.type == "cuda" else "manual"
+    return GPT(GPTConfig(n_vocab, attention=attention, **shape)).to(device)
+
+
+def load(batches, step, config, device):
+    """The micro-batches of a step, as tensors on the device."""
+    pairs = [batches.batch(step * config.grad_accum + i) for i in range(config.grad_accum)]
+    tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
+    if device.type != "cuda":
+        return [[ids.to(device) for ids in pair] for pair in tensors]
+    return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
+
+
+def update(forward, micro_batches, optimizers, step, config, autocast):
+    """One step of the optimisers; returns the loss, a tensor, so that a GPU need not wait for the CPU to read it."""
+    torch.manual_seed(config.seed * 2**32 + step)  # dropout, too, depends on (seed, step) alone
+    total = 0.0
+    for inputs, targets in micro_batches:
+        with autocast:
+            loss = forward(inputs, targets)[1]  # nobody holds on to the logits
+        (loss / config.grad_accum).backward()
+        total = total + loss.detach() / config.grad_accum
+    if config.clip:
+        torch.nn.utils.clip_grad_norm_(forward.parameters(), config.clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        optimizer.zero_grad()
+    return total
 
 
 def stop_if_diverged(loss, step, config):
