@@ -53,7 +53,7 @@ class Variant:
     batches: Batches
     device: torch.device
     step: int = 0
-    peak: int = 0                                               # bytes that a step added on CUDA, at most
+    peak: int = 0                                               # bytes that a step adds
     seconds: list = field(default_factory=list)                 # of each step
     batch_seconds: list = field(default_factory=list)           # of its batch, which train.py builds meanwhile
 
@@ -78,24 +78,23 @@ class Variant:
         self.step += 1
 
     def memory(self):
-        """Bytes of weights, gradients and optimiser state, and what a step adds: CUDA's peak or, elsewhere, what the
-        forward pass keeps for the backward pass."""
-        weights = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
+        """Bytes of weights and optimiser state, and what a step adds: CUDA's peak or, elsewhere, the gradients and what
+        the forward pass keeps for the backward pass."""
         states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
-        total = 2 * sum(weights.values()) + sum(part.nbytes for state in states for part in state.values()
-                                                if isinstance(part, torch.Tensor))
-        if self.device.type == "cuda":
-            return total + self.peak
+        held = [part.nbytes for state in states for part in state.values() if isinstance(part, torch.Tensor)]
+        weights = {p.data_ptr(): p.nbytes for p in self.model.parameters()}
         kept = {}
 
         def keep(part):
             kept[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
             return part
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part), self.autocast:
-            loss = self.forward(*train.load(self.batches, 0, self.config, self.device)[0])[1]
-        del loss  # until here, no two of its storages could have the same address
-        return total + sum(n for pointer, n in kept.items() if pointer not in weights)
+        if self.device.type != "cuda":
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part), self.autocast:
+                loss = self.forward(*train.load(self.batches, 0, self.config, self.device)[0])[1]
+            del loss  # until here, no two of its storages could have the same address
+            self.peak = sum(weights.values()) + sum(n for pointer, n in kept.items() if pointer not in weights)
+        return sum(weights.values()) + sum(held) + self.peak
 
     def flops_per_token(self):
         """6 N + 12 L H Q T (PaLM, appendix B): forward and backward, N the weights of matrix products."""

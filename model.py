@@ -135,12 +135,15 @@ class SelfAttention(nn.Module):
         B, T, C = x.shape
         if self.config.token_shift:
             x = shift_tokens(x, cache)
-        q, k, v = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)   # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
+        qk, v = qkv[:2], qkv[2]
         if self.config.qk_norm:
-            q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
-            q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain a head
+            qk = F.rms_norm(qk, qk.shape[-1:])
         if rotations is not None:
-            q, k = (rotate(part, rotations) for part in (q, k))
+            qk = rotate(qk, rotations)
+        q, k = qk                                                               # each (B, H, T, D)
+        if self.config.qk_norm:
+            q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain a head
         if cache is not None:
             k, v = cache.store("k", k), cache.store("v", v)                     # (B, H, S, D), S >= T
         dropout = self.config.dropout if self.training else 0.0
@@ -180,7 +183,7 @@ def shift_tokens(x, cache=None):
     place of two."""
     T, quarter = x.shape[1], x.shape[-1] // 4
     moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
-    shifted = F.pad(moving[:, -T - 1:], (0, 0, 1, -1))[:, -T:]                  # before the first token there is 0
+    shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving, (0, 0, 1, -1))
     return torch.cat((shifted, x[..., quarter:]), dim=-1)
 
 
@@ -230,16 +233,18 @@ class MLP(nn.Module):
 
 
 def rope_rotations(T, D):
-    """cos and sin of every position's angles: (2, T, D). Pair i turns by position * 10000^(-2i/D) (RoFormer, section 3.2)."""
+    """cos and, with the signs that rotate needs, sin of every position's angles: (2, T, D).
+
+    Pair i turns by position * 10000^(-2i/D) (RoFormer, section 3.2)."""
     angles = torch.outer(torch.arange(T, dtype=torch.float32), 10000.0 ** (-torch.arange(0, D, 2) / D))
-    return torch.stack((angles.cos(), angles.sin())).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 def rotate(x, rotations):
-    """x (B, H, T, D) with each pair (x[i], x[i + D/2]) turned by its position's angle: scores then depend on distance."""
+    """x (..., T, D) with each pair (x[i], x[i + D/2]) turned by its position's angle: scores then depend on distance."""
     cos, sin = rotations.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class KVCache:
@@ -267,8 +272,8 @@ class LayerCache:
 
     def store(self, name, new):
         """new (..., T, D), of the T tokens after the cache's S -> (..., S + T, D): the same of all of them."""
-        start, end = self.cache.length, self.cache.length + new.shape[-2]
+        S, T = self.cache.length, new.shape[-2]
         if name not in self.parts:
             self.parts[name] = new.new_empty(*new.shape[:-2], self.cache.block_size, new.shape[-1])
-        self.parts[name][..., start:end, :] = new
-        return self.parts[name][..., :end, :]
+        self.parts[name].narrow(-2, S, T).copy_(new)
+        return self.parts[name].narrow(-2, 0, S + T)

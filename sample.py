@@ -32,7 +32,7 @@ ENDINGS = {"eot": "the model stopped", "suffix": "cut where it began to repeat t
            "length": "it did not stop"}
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=None, seed=None, n=1, allowed=None,
              cache=None):
     """Samples up to max_new_tokens after each row of idx (B, T); yields (ids (B*n,), log-probabilities (B*n,)) per step.
