@@ -99,10 +99,10 @@ class Variant:
     def flops_per_token(self):
         """6 N + 12 L H Q T (PaLM, appendix B): forward and backward, N the weights of matrix products."""
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        lookups = ["transformer.wpe.weight"] + ["transformer.wte.weight"] * ("lm_head.weight" in sizes)  # if not tied
-        c = self.config
-        return 6 * (sum(sizes.values()) - sum(sizes.get(name, 0) for name in lookups)) + \
-            12 * c.n_layer * c.n_embd * c.block_size
+        lookups = ["transformer.wpe.weight", "transformer.ngrams.weight"]
+        lookups += ["transformer.wte.weight"] * ("lm_head.weight" in sizes)     # if not tied
+        c, n = self.config, sum(sizes.values()) - sum(sizes.get(name, 0) for name in lookups)
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
 
     def row(self, first):
         """Its line in the table; first: the variant that it is compared with."""

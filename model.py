@@ -30,6 +30,7 @@ class GPTConfig:
     position: str = "rope"       # or learned
     qk_norm: bool = True
     token_shift: bool = True     # attention reads a quarter of its input from the token before: see shift_tokens
+    ngrams: int = 0              # rows of a table of pairs and triples of tokens: see ngram_rows
     tied: bool = True            # the output layer shares the token embedding's weights
     gelu: str = "none"           # exact, or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
@@ -38,6 +39,8 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.ngrams < 0:
+            raise ValueError(f"ngrams {self.ngrams}: expected at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -60,6 +63,8 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
+        if config.ngrams:
+            self.transformer["ngrams"] = nn.Embedding(config.ngrams, config.n_embd)
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -70,7 +75,9 @@ class GPT(nn.Module):
         # GPT-2's initialisation: N(0, 0.02), and the layers that write into the residual stream smaller, since 2 per
         # block add up there.
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if name.endswith("ngrams.weight"):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -84,6 +91,9 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)                                           # (B, T, C)
+        if self.config.ngrams:
+            rows = ngram_rows(idx, self.config.ngrams, cache.layers[0] if cache else None)
+            x = x + self.transformer.ngrams(rows).sum(2)
         if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[start:end]
             rotations = None
@@ -102,7 +112,7 @@ class GPT(nn.Module):
     def n_params(self, embedding=True):
         """The number of parameters, shared ones once; without token and position embeddings if asked."""
         outside = {id(p) for name, p in self.named_parameters() if not embedding and
-                   name.split(".")[-2] in ("wte", "wpe", "lm_head")}
+                   name.split(".")[-2] in ("wte", "wpe", "ngrams", "lm_head")}
         return sum(p.numel() for p in self.parameters() if id(p) not in outside)
 
 
@@ -185,6 +195,19 @@ def shift_tokens(x, cache=None):
     moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
     shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving, (0, 0, 1, -1))
     return torch.cat((shifted, x[..., quarter:]), dim=-1)
+
+
+def ngram_rows(idx, n_rows, cache=None):
+    """idx (B, T) -> (B, T, 2): the rows, of n_rows, that belong to the last two and to the last three tokens, by a hash.
+
+    A model that looks up what usually follows a pair or a triple need not learn to work it out: n-grams cost memory, not
+    arithmetic (Brants et al., 2007, hashed tables). Those that fall on one row share it."""
+    T = idx.shape[1]
+    seen = cache.store("idx", idx[..., None])[..., 0] if cache else idx
+    seen = F.pad(seen, (2, 0))                                                  # id 0 comes before the first
+    pair = (seen[:, -T - 1:-1] + 1) * 1_000_003 + idx
+    triple = (seen[:, -T - 2:-2] + 1) * 998_244_353 + pair
+    return (torch.stack((pair, triple), dim=-1) * 2_654_435_761 >> 15) % n_rows
 
 
 class CrossEntropy(torch.autograd.Function):

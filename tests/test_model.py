@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, rope_rotations, rotate
+from model import GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, ngram_rows, rope_rotations, rotate
 from train import PRESETS
 
 POSITIONS = pytest.mark.parametrize("position", ["rope", "learned"])
 ATTENTIONS = pytest.mark.parametrize("attention", ["manual", "fused"])
+NGRAMS = pytest.mark.parametrize("ngrams", [0, 500])
 IDX = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -100,8 +101,9 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 @ATTENTIONS
 @POSITIONS
-def test_no_prediction_sees_the_future(attention, position):
-    model = small_model(attention=attention, position=position)
+@NGRAMS
+def test_no_prediction_sees_the_future(attention, position, ngrams):
+    model = small_model(attention=attention, position=position, ngrams=ngrams)
     logits = model(IDX)[0]
     for t in (0, 1, 11, 23):
         changed = IDX.clone()
@@ -112,9 +114,10 @@ def test_no_prediction_sees_the_future(attention, position):
 
 @ATTENTIONS
 @POSITIONS
+@NGRAMS
 @pytest.mark.parametrize("chunks", [[1] * 24, [5, 1, 12, 6], [23, 1]])
-def test_the_kv_cache_changes_no_logits(attention, position, chunks):
-    model = small_model(attention=attention, position=position)
+def test_the_kv_cache_changes_no_logits(attention, position, ngrams, chunks):
+    model = small_model(attention=attention, position=position, ngrams=ngrams)
     cache = KVCache(model.config)
     logits = torch.cat([model(part, cache=cache)[0] for part in IDX.split(chunks, dim=1)], 1)
     torch.testing.assert_close(logits, model(IDX)[0], rtol=1e-4, atol=1e-4)
@@ -125,9 +128,10 @@ def test_the_kv_cache_changes_no_logits(attention, position, chunks):
 
 @ATTENTIONS
 @POSITIONS
-def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position):
+@NGRAMS
+def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position, ngrams):
     """... the token shift's last token, too; and each of two samples then goes its own way."""
-    model = small_model(attention=attention, position=position)
+    model = small_model(attention=attention, position=position, ngrams=ngrams)
     cache, other = KVCache(model.config), torch.cat((IDX[:, :9], IDX[:, 9:].flip(1)), 1)
     with torch.no_grad():
         model(IDX, cache=cache)
@@ -150,6 +154,15 @@ def test_a_kv_cache_is_allocated_once_and_written_in_place():
     assert before == [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
     assert {name: part.shape for name, part in cache.layers[0].parts.items()} == {
         "k": (2, 2, 24, 16), "v": (2, 2, 24, 16), "x": (2, 24, 8)}
+
+
+def test_n_grams_are_pairs_and_triples_of_tokens():
+    text = torch.tensor([[1, 2, 3, 4, 2, 3, 9, 2, 3, 4]])
+    pair, triple = ngram_rows(text, 10**6)[0].T
+    assert pair[2] == pair[5] == pair[8] and pair[3] == pair[9] and len(set(pair.tolist())) == 10 - 2 - 1
+    assert triple[3] == triple[9] and len(set(triple.tolist())) == 10 - 1 and not set(pair.tolist()) & set(triple.tolist())
+    counts = ngram_rows(torch.randint(256, (1, 10**5)), 1000).flatten().bincount(minlength=1000) / 200
+    assert counts.std() < 0.1 and counts.min() > 0.5  # a hash that leaves rows empty wastes them
 
 
 @pytest.mark.parametrize("n", [1, 5, CrossEntropy.ROWS, 2 * CrossEntropy.ROWS + 3])
@@ -235,7 +248,7 @@ def test_the_gpt2_preset_has_gpt2s_weights():
 
 @pytest.mark.parametrize("settings, message", [
     ({"vocab_size": 0}, "vocab_size 0"), ({"block_size": 0}, "block_size 0"), ({"n_layer": -1}, "n_layer -1"),
-    ({"n_head": 0}, "n_head 0"), ({"n_embd": 0}, "n_embd 0"), ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
+    ({"ngrams": -1}, "ngrams -1"), ({"n_head": 0}, "n_head 0"), ({"n_embd": 0}, "n_embd 0"), ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
     ({"n_embd": 33, "n_head": 11}, "= 3: expected an even number"), ({"dropout": 1.0}, "dropout 1.0"),
     ({"dropout": -0.1}, "dropout -0.1"), ({"dropout": math.nan}, "dropout nan"),
     ({"position": "sine"}, "position sine: .*rope, learned"), ({"attention": "fast"}, "attention fast: .*manual")])
