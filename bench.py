@@ -261,7 +261,9 @@ def run_nanogpt(directory, lr, config, tok, stream, held_out, device):
         weights = torch.load(Path(folder, "ckpt.pt"), map_location=device)["model"]
     model = nanogpt_model(directory, replace(config, **SHAPE, bias=False), tok.n_vocab, device)
     model.load_state_dict(weights)
-    loss = train.bits_per_byte(model, held_out, tok, 4 * config.eval_tokens) * math.log(2)
+    T = SHAPE["block_size"]
+    rows = train.text_rows(held_out, tok, T, 4 * config.eval_tokens // T)  # as train.py evaluates at the end
+    loss = train.bits_per_byte(model, rows, tok) * math.log(2)
     return sum(seconds[:NANOGPT["max_iters"]]), loss  # it takes a step more after its last evaluation
 
 
