@@ -200,14 +200,16 @@ def shift_tokens(x, cache=None):
 def ngram_rows(idx, n_rows, cache=None):
     """idx (B, T) -> (B, T, 2): the rows, of n_rows, that belong to the last two and to the last three tokens, by a hash.
 
-    A model that looks up what usually follows a pair or a triple need not learn to work it out: n-grams cost memory, not
-    arithmetic (Brants et al., 2007, hashed tables). Those that fall on one row share it."""
+    A model that can look up what a pair or a triple means need not work it out: n-grams cost memory, and no products.
+    Those that fall on one row share it."""
     T = idx.shape[1]
-    seen = cache.store("idx", idx[..., None])[..., 0] if cache else idx
+    seen = cache.store("idx", idx[..., None])[..., 0] if cache else idx         # (B, S), S >= T
     seen = F.pad(seen, (2, 0))                                                  # id 0 comes before the first
-    pair = (seen[:, -T - 1:-1] + 1) * 1_000_003 + idx
-    triple = (seen[:, -T - 2:-2] + 1) * 998_244_353 + pair
-    return (torch.stack((pair, triple), dim=-1) * 2_654_435_761 >> 15) % n_rows
+    ngram, rows = idx, []
+    for back in (1, 2):
+        ngram = ngram * 1_000_003 + seen[:, -T - back:-back] + 1                # as a number, modulo 2^64
+        rows.append((ngram * 2_654_435_761 >> 15) % n_rows)
+    return torch.stack(rows, dim=-1)
 
 
 class CrossEntropy(torch.autograd.Function):
