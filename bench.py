@@ -1,6 +1,6 @@
 """How fast: training steps, building batches, sampling; side by side with nanoGPT on the reader's own machine.
 
-    python bench.py                                 the toy, in every attention, dtype and objective: 3 minutes
+    python bench.py                                 the toy, in every attention, dtype and objective: 2 minutes
     python bench.py --preset gpt2 --compile         any flag of train.py says what is measured
     python bench.py --nanogpt DIR                   the same beside a checkout of github.com/karpathy/nanoGPT
     python bench.py --nanogpt DIR --time-to-loss    both train from scratch to the same loss: 35 minutes on one thread
