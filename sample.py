@@ -218,14 +218,15 @@ def newest_run(root="out"):
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError where there is none of that kind."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps", name):  # torch knows more, such as meta, that cannot train
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); expected auto, cpu, cuda "
-                         "or mps") from None
+        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
     return device
 
 

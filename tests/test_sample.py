@@ -288,6 +288,7 @@ def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
     ("--prompt a --top-p 1.5", 2, "top_p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
     ("--prompt a --temperature -1", 2, "temperature -1.0: expected 0"), ("--prompt a --n two", 2, "two"),
     ("--prompt a --temperature nan", 2, "temperature nan"), ("--prompt a --device abacus", 2, "--device abacus"),
+    ("--prompt a --device meta", 2, "--device meta: expected auto, cpu, cuda, cuda:N or mps"),
     ("--prefix a --max-new-tokens 0", 2, "--max-new-tokens 0"), ("--prefix a --order mps", 2, "mps"),
     ("--prefix a --max-new-tokens 125", 2, "--max-new-tokens 125"),
     ("--prefix a --ckpt ntp", 2, "ntp was trained with --objective ntp, which never saw a gap"),
