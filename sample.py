@@ -292,6 +292,9 @@ def main(arguments=None):
     check_range("--n", args.n, 1, 1024)
     check_range("--max-new-tokens", args.max_new_tokens, 1, 10**6)
     check_range("--top-k", args.top_k, 0, 10**6)
+    check_range("--top-p", args.top_p, 1e-6, 1)
+    if args.temperature is not None:
+        check_range("--temperature", args.temperature, 0, 100)
     if args.stream and args.n > 1:
         raise ValueError(f"--stream --n {args.n}: expected one sample to stream")
     temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
