@@ -320,6 +320,8 @@ def main(arguments=None):
         samples = collect(generate(model, idx, args.max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **settings), tok, stream)
         for i, (ids, mean_log_p) in enumerate([] if stream else samples, 1):
             print((f"--- {i} of {args.n}, {mean_log_p:.2f} nats a token\n" if args.n > 1 else "") + tok.decode(ids))
+        if stream:
+            print()
         return
 
     objective = checkpoint["objective"]
