@@ -13,9 +13,10 @@ import argparse
 import codecs
 import functools
 import os
-import pickle
 import re
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -187,26 +188,38 @@ def load_checkpoint(path, device="cpu"):
     if not file.is_file():
         raise OSError(f"{file}: no such checkpoint; `python train.py` makes one")
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        missing = {"model", "model_config", "tokenizer", "config", "objective", "step"} - checkpoint.keys()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on a foreign pickle before it refuses it
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged or foreign file can fail the unpickler in any way
         raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
+    missing = [key for key in ("model", "model_config", "tokenizer", "config", "objective", "step")
+               if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(sorted(missing))}")
+        raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(missing)}")
     return checkpoint
 
 
 def load_model(path, device="cpu"):
     """DIR or DIR/ckpt.pt -> (GPT in evaluation mode, Tokenizer, checkpoint)."""
     checkpoint = load_checkpoint(path, device)
-    try:
-        model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+    with checkpoint_fits(path):
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except TypeError as error:
-        raise OSError(f"{path}: made by another version of nanogap ({error})") from None
-    except RuntimeError as error:
-        raise OSError(f"{path}: weights of another shape than its settings ({str(error).splitlines()[1].strip()})") from None
-    return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer"]), checkpoint
+        tok = Tokenizer.from_dict(checkpoint["tokenizer"])
+    return model.to(device).eval(), tok, checkpoint
+
+
+@contextmanager
+def checkpoint_fits(path):
+    """What fails within it does so because the checkpoint's settings or weights are not of this program: OSError."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise OSError(f"{path}: made by another version of nanogap, or damaged ({type(error).__name__}: {why})") from None
 
 
 def newest_run(root="out"):

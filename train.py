@@ -28,8 +28,8 @@ from gpt2 import load_gpt2
 from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
 from pairs import PairBatches, prepare_pairs
-from sample import (ENDINGS, Parser, collect, generate, infill, instruct_prompt, load_checkpoint, one_line_errors,
-                    pick_device)
+from sample import (ENDINGS, Parser, checkpoint_fits, collect, generate, infill, instruct_prompt, load_checkpoint,
+                    one_line_errors, pick_device)
 
 
 def setting(default, help, choices=None, low=None, high=math.inf):
@@ -161,7 +161,7 @@ def train(config, checkpoint=None):
     else:
         tok, text, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
         batches = Batches(text, objective, tok, *rows, fim_level=config.fim_level)
-    if resuming and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(text)):
+    if resuming and (checkpoint["tokenizer"], checkpoint.get("stream_length")) != (tok.to_dict(), len(text)):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
     torch.manual_seed(config.seed)
@@ -173,11 +173,12 @@ def train(config, checkpoint=None):
     optimizers = make_optimizers(model, config)
     first = 0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    if resuming:
-        first = checkpoint["step"]
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        with checkpoint_fits(config.out if resuming else config.init_from):
+            model.load_state_dict(checkpoint["model"])
+            if resuming:
+                first = checkpoint["step"]
+                for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
@@ -501,13 +502,14 @@ def resume(given):
     if "out" not in given:
         raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
     checkpoint = load_checkpoint(given["out"])
-    saved = checkpoint["config"]
-    changed = [f"{flag_of(name)} {saved[name]} to {value}" for name, value in given.items()
-               if name not in FREE and value != saved[name]]
+    with checkpoint_fits(given["out"]):
+        saved = Config(**checkpoint["config"])
+    changed = [f"{flag_of(name)} {getattr(saved, name)} to {value}" for name, value in given.items()
+               if name not in FREE and value != getattr(saved, name)]
     if changed:
         raise ValueError(f"--resume goes on with the settings of {given['out']}, but these changed: {', '.join(changed)}; "
                          "leave them out, or start anew with another --out")
-    config = Config(**saved | given)
+    config = replace(saved, **given)
     if checkpoint["step"] >= config.steps:
         raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; nothing is left to do")
     return config, checkpoint

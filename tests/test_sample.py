@@ -218,11 +218,14 @@ def runs(tmp_path_factory, documents):
 @pytest.fixture
 def cli(runs, capsys, monkeypatch):
     """Runs sample.py among the runs -> what it prints, and its exit code with the one line of a refusal."""
-    def call(*arguments, ckpt="fim"):
+    def call(*arguments, ckpt="fim", resume=None):
         capsys.readouterr()
         code = 0
         try:
-            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12", *arguments])
+            if resume:
+                train.main(["--resume", "--out", str(resume)])
+            else:
+                sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12", *arguments])
         except SystemExit as stop:
             code = stop.code
         shown = capsys.readouterr()
@@ -303,18 +306,27 @@ class Bomb:
         return os.mkdir, ("blown",)
 
 
-@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "text", "pickle", "bomb", "torch bomb", "list",
-                                  "other", "newer", "wider"])
-def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(name, cli, runs, tmp_path):
-    whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim")
+@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "text", "pickle", "new pickle", "bomb", "torch bomb",
+                                  "list", "other", "newer", "wider", "taller", "other words"])
+@pytest.mark.parametrize("resume", [False, True], ids=["sample", "resume"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(name, resume, cli, runs, tmp_path):
+    whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim") | {"step": 20}
     raw = {"half": whole[:len(whole) // 2], "text": b"hello\n", "pickle": pickle.dumps({"model": 1}, 2),
-           "bomb": pickle.dumps(Bomb(), 2)} | {n: whole[:int(n)] for n in ("0", "1", "100", "-1")}
+           "new pickle": pickle.dumps({"model": 1}, 4), "bomb": pickle.dumps(Bomb(), 2)}
+    raw |= {n: whole[:int(n)] for n in ("0", "1", "100", "-1")}
+
+    def changed(**settings):
+        return checkpoint | {name: checkpoint[name] | settings for name in ("config", "model_config")}
+
     saved = {"torch bomb": checkpoint | {"model": Bomb()}, "list": [1, 2], "other": {"model": {}},
-             "newer": checkpoint | {"model_config": checkpoint["model_config"] | {"experts": 8}},
-             "wider": checkpoint | {"model_config": checkpoint["model_config"] | {"n_embd": 64}}}
-    (tmp_path / "ckpt.pt").write_bytes(raw[name]) if name in raw else torch.save(saved[name], tmp_path / "ckpt.pt")
-    shown = cli("--prompt", "a", ckpt=tmp_path)
+             "newer": changed(experts=8), "wider": changed(n_embd=64), "taller": changed(n_layer=2),
+             "other words": checkpoint | {"tokenizer": {"words": ["a"]}}}
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(raw[name]) if name in raw else torch.save(saved[name], path)
+    before = path.read_bytes()
+    shown = cli("--prompt", "a", ckpt=tmp_path, resume=resume and tmp_path)
     assert shown.code == 1 and str(tmp_path) in shown.err and not (runs / "blown").exists()
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_newest_run_is_the_default(runs, tmp_path, capsys, monkeypatch):
