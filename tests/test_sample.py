@@ -258,6 +258,14 @@ def test_the_command_line_answers_in_the_format_of_fine_tuning(cli, runs):
     refused = cli("--instruct", "7:", ckpt="fim")
     assert refused.code == 2 and "fim was trained with --objective fim, which never saw prompts" in refused.err
 
+def test_the_command_line_draws_text_alone(cli, tok, monkeypatch):
+    """A model that would go on with <MASK> or <PRE> is made to say its likeliest text instead."""
+    table = torch.zeros(tok.n_vocab, tok.n_vocab)
+    table[:, [tok.mask, tok.pre]] = 9
+    table[:, tok.encode("x")] = 5
+    monkeypatch.setattr(sample, "load_model", lambda *_: (Chain(table), tok, {}))
+    assert cli("--prompt", "a").out == "a" + 12 * "x" + "\n"
+
 
 def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
     model, tok, _ = sample.load_model(runs / "fim")
@@ -289,6 +297,7 @@ def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
     ("--file missing.py", 1, "missing.py"), ("--prompt a --n 0", 2, "--n 0: expected 1"),
     ("--prompt a --n 2 --stream", 2, "--stream --n 2"), ("--prompt a --top-k -1", 2, "--top-k -1"),
     ("--prompt a --top-p 1.5", 2, "--top-p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
+    ("--prompt a --temp 1", 2, "--temp"),
     ("--prompt a --temperature -1", 2, "--temperature -1.0: expected 0"), ("--prompt a --n two", 2, "two"),
     ("--prompt a --temperature nan", 2, "--temperature nan"), ("--prompt a --device abacus", 2, "--device abacus"),
     ("--prompt a --device meta", 2, "--device meta: expected auto, cpu, cuda, cuda:N or mps"),

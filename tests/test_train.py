@@ -137,6 +137,20 @@ def test_bits_per_byte_of_answers_leave_prompts_and_padding_out(tok, documents):
     assert found == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.01, 0])
+def test_the_gradient_of_a_step_is_clipped(clip, base, tmp_path, monkeypatch):
+    norms = []
+
+    def make_watched_optimizers(model, config):
+        first, *rest = make_optimizers(model, config)
+        first.register_step_pre_hook(lambda *_: norms.append(math.hypot(*(p.grad.norm() for p in model.parameters()))))
+        return [first, *rest]
+
+    monkeypatch.setattr(train, "make_optimizers", make_watched_optimizers)
+    train.main([*base, *f"--steps 2 --clip {clip} --out {tmp_path}".split()])
+    assert norms == pytest.approx([clip] * 2, rel=1e-3) if clip else min(norms) > 0.1
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_learns(objective, base, tmp_path):
     flags = f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}"
