@@ -5,6 +5,7 @@
     python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
     python train.py --out out/fim_spm --resume           goes on where a run stopped
     python train.py --objective sft --init-from out/ntp  fine-tunes a finished model, here on prompts and answers
+    torchrun --nproc_per_node=8 train.py --preset gpt2 --data code.jsonl.gz        on 8 GPUs, the same run
 
 Reads from top to bottom: settings, presets, the loop, what it reports, checkpoints, the command line.
 """
@@ -13,14 +14,18 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import Batches, Tokenizer, prepare, single_line_holes, split_lines
@@ -73,7 +78,7 @@ class Config:
     attention: str = setting("auto", "manual (spelled out, the faster on CPU), fused, or auto: fused on a GPU",
                              ("auto", "manual", "fused"))
     batch_size: int = setting(16, "rows in a batch", low=1)
-    grad_accum: int = setting(1, "batches in a step", low=1)
+    grad_accum: int = setting(1, "batches in a step; torchrun's processes share them", low=1)
     steps: int = setting(1200, "optimiser steps", low=1)
     optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
     lr: float = setting(0.006, "peak learning rate", low=1e-12)
@@ -150,17 +155,21 @@ def train(config, checkpoint=None):
     """Runs the training that config describes. Returns the last evaluation, a dict.
 
     checkpoint: where to start, if not anew: one of this run's own to resume from, or that of --init-from."""
-    device = pick_device(config.device)
+    device, rank, world = join_processes(config)
     resuming = checkpoint is not None and "optimizers" in checkpoint
     tok = Tokenizer.from_dict(checkpoint["tokenizer"]) if config.init_from else None
     objective = config.make_objective()
-    rows = config.block_size, config.batch_size, config.seed
+    rows = config.block_size, config.batch_size, config.seed, rank, world
+    if rank > 0:
+        dist.barrier()  # until rank 0 has made the cache
     if objective.answers:
         tok, text, held_out = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok)
         batches = PairBatches(text, objective, tok, *rows)
     else:
         tok, text, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
         batches = Batches(text, objective, tok, *rows, fim_level=config.fim_level)
+    if rank == 0 and world > 1:
+        dist.barrier()
     if resuming and (checkpoint["tokenizer"], checkpoint.get("stream_length")) != (tok.to_dict(), len(text)):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
@@ -184,34 +193,42 @@ def train(config, checkpoint=None):
     bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
+    if world > 1:  # averages the processes' gradients within backward()
+        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+    n_batches = config.grad_accum // world
     describe(config, model, tok, batches, held_out, objective, device, bf16, first)
 
     def load(step):
-        """The micro-batches of a step, as tensors on the device."""
-        pairs = [batches.batch(step * config.grad_accum + i) for i in range(config.grad_accum)]
+        """This process's micro-batches of a step, as tensors on the device."""
+        pairs = [batches.batch(step * n_batches + i) for i in range(n_batches)]
         tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
         if device.type != "cuda":
             return [[ids.to(device) for ids in pair] for pair in tensors]
         return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
 
     model.train()
-    metrics, report, stopping = Metrics(out / "metrics.jsonl", first), {}, Interrupt()
+    metrics, report, stopping = Metrics(out / "metrics.jsonl", first) if rank == 0 else None, {}, Interrupt()
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True) as bar, \
-            ThreadPoolExecutor(1) as prefetch, stopping:
+    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
+              disable=rank > 0) as bar, ThreadPoolExecutor(1) as prefetch, stopping:
         waiting = prefetch.submit(load, first)
         logged, started = first, time.perf_counter()
         for step in range(first, config.steps):
             micro_batches = waiting.result()
             waiting = prefetch.submit(load, step + 1)
-            torch.manual_seed(config.seed * 2**32 + step)  # dropout, too, depends on (seed, step) alone
+            # The loss of a step is the mean over all its targets; in fine-tuning, batches have more or fewer of them.
+            n_targets = mean(sum((targets != IGNORE).sum() for _, targets in micro_batches), world)
             total = 0.0
-            for inputs, targets in micro_batches:
-                with autocast:
-                    _, loss = forward(inputs, targets)
-                (loss / config.grad_accum).backward()
-                total = total + loss.detach() / config.grad_accum
+            for i, (inputs, targets) in enumerate(micro_batches):
+                # dropout, too, depends on the seed and the number of the batch alone
+                torch.manual_seed(config.seed * 2**32 + (step * n_batches + i) * world + rank)
+                share = (targets != IGNORE).sum() / n_targets
+                with forward.no_sync() if world > 1 and i < n_batches - 1 else nullcontext():
+                    with autocast:
+                        _, loss = forward(inputs, targets)
+                    (loss * share).backward()
+                total = total + loss.detach() * share
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:
@@ -221,11 +238,12 @@ def train(config, checkpoint=None):
                 optimizer.zero_grad()
             done = step + 1
             bar.update()
-            last = done == config.steps or stopping.asked
+            stop = mean(float(stopping.asked), world) > 0  # one process was asked: all stop, after the same step
+            last = done == config.steps or stop
             if done % log_every and done % config.eval_every and done % config.save_every and not last:
                 continue
 
-            loss = total.item()
+            loss = mean(total, world).item()
             stop_if_diverged(loss, done, config)
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
@@ -253,21 +271,55 @@ def train(config, checkpoint=None):
                     tqdm.write(show_infill(model, tok, objective, *hole[0]))
                 line |= report
                 started = time.perf_counter()
-            metrics.write(line)
+            if rank == 0:
+                metrics.write(line)
             if done % config.save_every == 0 or last:
                 with torch.no_grad(), autocast:  # this step may have thrown the weights out
-                    stop_if_diverged(forward(inputs, targets)[1].item(), done, config)
+                    stop_if_diverged(mean(forward(inputs, targets)[1], world).item(), done, config)
+            if rank == 0 and (done % config.save_every == 0 or last):
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
                     "objective": asdict(objective), "tokenizer": tok.to_dict(), "stream_length": len(text)})
-            if stopping.asked:
+            if stop:
                 break
-    if stopping.asked and done < config.steps:
+    if world > 1:
+        dist.destroy_process_group()
+    if done < config.steps:
         print(f"stopped after step {done}, saved; go on with: python train.py --out {out} --resume")
     else:
         print(f"done, saved in {out}; try: python sample.py --ckpt {out}")
     return report
+
+
+def join_processes(config):
+    """-> (device, rank, world). Alone: rank 0 of 1. Under torchrun, every process runs train() on its share of each step's
+    batches; rank 0 alone writes and prints. Raises ValueError where the batches cannot be shared out evenly."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    if world == 1:
+        return device, 0, 1
+    if config.grad_accum % world:
+        raise ValueError(f"--grad-accum {config.grad_accum}: expected a multiple of {world}, the number of processes that "
+                         "share a step's batches")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # gloo for tensors on the CPU, also beside NCCL: asking for a stop must not wait for the GPU. torchrun ends the
+    # processes if one fails, so waiting for a slow one (rank 0 making the cache, saving) may take long.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    rank = dist.get_rank()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, world
+
+
+def mean(x, world):
+    """A number's or tensor's mean over the processes, the same in each of them."""
+    if world > 1:
+        x = torch.as_tensor(x) / world
+        dist.all_reduce(x)
+    return x
 
 
 def stop_if_diverged(loss, step, config):
@@ -384,6 +436,7 @@ def describe(config, model, tok, batches, held_out, objective, device, bf16, fir
           f"{tokens / 1e6:.1f} M, {tokens / config.block_size / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
           f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
           + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + (f", {dist.get_world_size()} processes" if dist.is_initialized() else "")
           + f"\nout        {config.out}" + (f", going on after step {first}" if first else
                                      f", from {config.init_from}" if config.init_from else ""))
 

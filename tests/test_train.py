@@ -189,6 +189,45 @@ def test_accumulated_batches_are_one_large_batch(base, tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def torchrun(*arguments, n=2, **settings):
+    """A training run in n processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", train.__file__]
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **settings)
+
+
+def test_two_processes_do_what_one_does(base, tmp_path):
+    """Also with dropout, and when each accumulates batches itself. One of them writes and speaks for both."""
+    flags = [*base, *"--objective fim_meap --grad-accum 4 --steps 3 --warmup 1 --dropout 0.1 --eval-every 2".split()]
+    shown, errors = torchrun(*flags, "--out", tmp_path / "two").communicate(timeout=120)
+    assert shown.count("done, saved") == shown.count("2 processes") == 1, errors
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("step", "tokens", "loss", "lr", *(["held_out_bpb"] if one["step"] == 2 else [])):
+            assert one[key] == pytest.approx(two[key], abs=1e-5)
+    weights = [load_checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lr, message", [(0.01, "stopped after step"), (1e30, "the loss is nan at step")])
+def test_processes_stop_together(lr, message, base, tmp_path):
+    """Ctrl-C is saved by the first of them, as by one alone; a loss that is lost ends them all, and nothing hangs."""
+    flags = f"--grad-accum 2 --steps 3000 --warmup 0 --optimizer adamw --clip 0 --lr {lr} --save-every 3000 --out {tmp_path}"
+    run = torchrun(*base, *flags.split())
+    while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    if lr < 1:
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+    shown, errors = run.communicate(timeout=60)
+    assert run.returncode and message in shown + errors
+    if lr < 1:
+        assert shown.count("stopped") == 1 and load_checkpoint(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] < 3000
+    else:
+        assert not (tmp_path / "ckpt.pt").exists()
+
+
 @pytest.mark.parametrize("objective, extra", [*((name, "") for name in OBJECTIVES), (
     "fim", "--fim-level document --optimizer adamw --position learned --no-tied --no-qk-norm --bias")])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, extra, base, tmp_path, monkeypatch):
@@ -306,9 +345,12 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--objective meap_sft --data functions --mask-region all", 2, "--mask-region all: expected one of copy, answer"),
     ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.02 to 0.5"),
     ("--resume --out {run} --objective meap", 2, "--objective ntp to meap"), ("--resume --out {run}", 2, "all its 1"),
+    ("--grad-accum 3", 2, "--grad-accum 3: expected a multiple of 2, the number of processes"),
     ("--resume --out {empty}", 1, "ckpt.pt: no such checkpoint"), ("--out {run}", 2, "already holds a run")])
-def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys):
+def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
+    if "--grad-accum" in arguments:
+        monkeypatch.setenv("WORLD_SIZE", "2")
     if "{run}" in arguments:
         train.main([*base, "--steps", "1", "--lr", "0.02", "--out", str(run)])
     flags = [] if "--resume" in arguments else [*base, "--out", str(tmp_path / "new")]
