@@ -447,10 +447,10 @@ class Metrics:
     def __init__(self, path, first):
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     kept += [line] if json.loads(line)["step"] <= first else []
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     pass
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
@@ -481,13 +481,19 @@ class Interrupt:
 
 
 def save_checkpoint(path, checkpoint):
-    """Atomically: at any moment path is the old checkpoint or the new one, whole and on the disk."""
+    """Atomically: at any moment, also after a power cut, path is the old checkpoint or the new one, whole and on the disk.
+    Raises OSError where there is no room for it."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns some failed writes into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); what was saved before is whole") from None
 
 
 def read_arguments(arguments):
