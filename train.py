@@ -28,6 +28,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from data import Batches, Tokenizer, prepare, single_line_holes, split_lines
 from gpt2 import load_gpt2
 from model import GPT, GPTConfig
@@ -190,6 +195,7 @@ def train(config, checkpoint=None):
                     optimizer.load_state_dict(state)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    held = lock(out) if rank == 0 else nullcontext()
     bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
@@ -211,7 +217,7 @@ def train(config, checkpoint=None):
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
     with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
-              disable=rank > 0) as bar, ThreadPoolExecutor(1) as prefetch, stopping:
+              disable=rank > 0) as bar, ThreadPoolExecutor(1) as prefetch, stopping, held:
         waiting = prefetch.submit(load, first)
         logged, started = first, time.perf_counter()
         for step in range(first, config.steps):
@@ -439,6 +445,20 @@ def describe(config, model, tok, batches, held_out, objective, device, bf16, fir
           + (f", {dist.get_world_size()} processes" if dist.is_initialized() else "")
           + f"\nout        {config.out}" + (f", going on after step {first}" if first else
                                      f", from {config.init_from}" if config.init_from else ""))
+
+
+def lock(folder):
+    """Keeps other runs out of a folder while the file that it returns is open: until the process ends, however it ends.
+    Raises OSError where another run is at work. (On Windows and on some network disks there is no such lock.)"""
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"--out {folder}: another run is at work in this folder; wait for its end or take another") from None
+    except OSError:
+        pass
+    return file
 
 
 class Metrics:

@@ -313,7 +313,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(base, tmp_path):
     """kill -9, by turns while a checkpoint is being written and at random."""
     flags = [*base, *"--objective fim_meap --steps 100 --warmup 2 --dropout 0.1 --grad-accum 2 --save-every 1".split()]
     killed, during_the_write = tmp_path / "killed", 0
-    for turn in range(4):
+    for turn in range(3):
         arguments = ["--resume", "--out", killed] if (killed / "ckpt.pt").exists() else [*flags, "--out", killed]
         run = subprocess.Popen([sys.executable, train.__file__, *map(str, arguments)], stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
@@ -335,6 +335,16 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(base, tmp_path):
     assert_same(first["optimizers"], second["optimizers"])
     steps = [line["step"] for line in metrics(killed)]
     assert steps == sorted(set(steps)) and steps[-1] == 100
+
+
+def test_a_second_run_on_one_folder_is_refused(base, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    flags = [*base, "--steps", "2", "--out", str(tmp_path)]
+    with train.lock(tmp_path):
+        code, line, _ = refusal(flags, capsys)
+        assert code == 1 and f"--out {tmp_path}: another run is at work in this folder" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    train.main(flags)
 
 
 @pytest.mark.parametrize("save_every, saved", [(2, True), (3, False), (100, False)])
