@@ -175,6 +175,38 @@ def test_streams_are_the_documents_each_followed_by_eot_and_are_made_once(corpus
     assert again.to_dict() == tok.to_dict() and all(map(np.array_equal, streams, cached))
 
 
+@pytest.mark.parametrize("unit", ["x", " ", "\n", "=", "word ", "é\n", "0"])
+def test_a_very_long_line_is_encoded_like_any_other_text(unit, tok, tmp_path, monkeypatch):
+    """A million spaces used to overflow tiktoken's stack. Memory is bounded: parts are encoded one by one."""
+    text = unit * (1_100_000 // len(unit))
+    assert tok.decode(tok.encode(text)) == text
+    (tmp_path / "line.txt").write_text(text + "end")
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts, encode=Tokenizer.encode_batch: (
+        encode(self, texts) if sum(map(len, texts)) < 2**21 else pytest.fail("too much at a time")))
+    learned, train, held_out = prepare(str(tmp_path / "line.txt"), "bpe", 300, tmp_path / "cache")
+    assert [np.flatnonzero(part == learned.eot).tolist() for part in (train, held_out)] == [
+        [len(train) - 1], [len(held_out) - 1]]
+    assert learned.decode(train.tolist()) + learned.decode(held_out.tolist()) == text + "end"
+
+
+def test_long_texts_are_cut_behind_line_ends(tok, documents, monkeypatch):
+    text = "".join(documents)
+    whole = tok.encode(text)
+    monkeypatch.setattr(data, "LONGEST", 5000)
+    parts, last = zip(*data.cut(text))
+    assert "".join(parts) == text and len(parts) > 50 and max(map(len, parts)) <= 5000 and sum(last) == last[-1] == 1
+    assert all(part.endswith("\n") for part in parts[:-1]) and list(data.cut("")) == [("", True)]
+    assert tok.decode(tok.encode(text)) == text and len(tok.encode(text)) < len(whole) + len(parts)
+
+
+def test_rare_words_are_forgotten_before_memory_is_full(monkeypatch):
+    counted, texts = [], ["def " * 10 + "".join(f"x{i}y " for i in range(j, j + 50)) for j in range(0, 2000, 50)]
+    monkeypatch.setattr(data, "MOST_WORDS", 100)
+    monkeypatch.setattr(data, "learn_bpe", lambda counts, n: counted.append(counts) or data.Tokenizer.bytes().vocabulary)
+    Tokenizer.train(texts, 300)
+    assert len(counted[0]) <= 100 and counted[0][b" def"] + counted[0][b"def"] >= 380
+
+
 @pytest.mark.parametrize("name, damage", [
     *((name, how) for name in ("train", "held_out", "meta.json") for how in ("cut", "flip", "remove")),
     *(("meta.json", garbage) for garbage in (b"", b"null", b"{}", b"\xff", b'{"train": 3}'))])
