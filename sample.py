@@ -249,6 +249,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def parse_args(self, arguments=None):
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if re.search("[\ud800-\udfff]", argument):
+                raise ValueError(f"{argument!r}: not UTF-8 text (it has a lone surrogate)")
+        return super().parse_args(arguments)
+
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
 
@@ -264,14 +270,12 @@ def one_line_errors(main):
         except BrokenPipeError:  # whoever read the output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, message = 1, ""
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            code, message = 1, f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size"
         except OSError as error:
             code, message = 1, error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and on a CPU or MPS known by its text
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
-            code, message = 1, "out of memory: lower --batch-size or --block-size"
+            code, message = 1, "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
         except KeyboardInterrupt:
             code, message = 130, "interrupted"
         else:
@@ -366,8 +370,6 @@ def read_hole(args):
     for name in ("prompt", "instruct", "prefix", "suffix"):
         text = getattr(args, name)
         if text is not None:
-            if re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"--{name} {text!r}: not UTF-8 text (it has a lone surrogate)")
             setattr(args, name, text.replace("\\n", "\n").replace("\\t", "\t"))
     if args.file is None:
         return args.prefix or "", args.suffix or ""

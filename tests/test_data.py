@@ -139,6 +139,7 @@ def test_a_folder_or_glob_reads_every_text_file_and_skips_the_rest(tmp_path):
     ("a.jsonl", b'{"n": %s, "text": ""}' % (b"1" * 5000), ValueError, "line 1 "),
     ("a.jsonl", JSONL + b'{"title": "x"}', ValueError, 'line 4 .*"text" or "content"'),
     ("a.jsonl", b'{"text": 3}', ValueError, "line 1 "), ("a.jsonl", b"[3]", ValueError, "line 1 "),
+    ("nul.jsonl", JSONL + b"\0\0\n", ValueError, "line 4 is not JSON"),
     ("a.jsonl.gz", gzip.compress(JSONL)[:-9], ValueError, ""), ("a.txt.gz", b"x", ValueError, ""),
     ("empty.txt", b"", ValueError, "no text"), ("blank.txt", b" \n", ValueError, "no text")])
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, error, message):
@@ -150,6 +151,20 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, error
     with pytest.raises(error, match=f"^--data {re.escape(str(path))}.*{message}.*$") as caught:
         prepare(str(path), "bytes", cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Simulated, as root may read everything: an unreadable folder looks empty to glob."""
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(data, "open", refuse, raising=False)
+    for name, error, message in (("folder", OSError, "to read this folder"), ("a.txt", ValueError, "to read it")):
+        with pytest.raises(error, match=f"^--data {tmp_path / name}: no permission {message}$"):
+            prepare(str(tmp_path / name), "bytes", cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture

@@ -361,6 +361,18 @@ def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, ba
     assert (tmp_path / "ckpt.pt").exists() == ("ckpt.pt keeps" in line) == saved
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), RuntimeError(
+    "MPS backend out of memory (MPS allocated: 1 GB"), "--n-embd 100000000 --n-head 1"])
+def test_out_of_memory_says_which_flags_to_lower(error, base, tmp_path, capsys, monkeypatch):
+    flags = [*base, "--out", str(tmp_path)]
+    if isinstance(error, str):  # 100 PB: refused at once
+        flags += error.split()
+    else:
+        monkeypatch.setattr(GPT, "forward", lambda *_: (_ for _ in ()).throw(error))
+    code, line, _ = refusal(flags, capsys)
+    assert code == 1 and line.endswith("out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n")
+
+
 def test_a_held_out_text_shorter_than_a_window_is_no_mistake(tmp_path, base, documents):
     (tmp_path / "short.txt").write_text(documents[0][:3000])
     train.main([*base, *f"--data {tmp_path}/short.txt --block-size 256 --steps 2 --out {tmp_path}/run".split()])
@@ -382,6 +394,7 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--block-size 1000000", 2, "--block-size 1000000"), ("--vocab-size 200", 2, "--vocab-size 200"),
     ("--fim-rate 1.5", 2, "--fim-rate 1.5: expected 0 to 1"), ("--mask-ratio -1", 2, "--mask-ratio -1.0: expected 0"),
     ("--data /no/such/text", 1, "--data /no/such/text"), ("--device cuda:99", 2, "--device cuda:99"),
+    ("--out a\udc80", 2, "'a\\udc80': not UTF-8 text"), ("--batch-size -4", 2, "--batch-size -4: expected 1"),
     ("--learning-rate 1", 2, "--learning-rate"), ("--step 5", 2, "--step"), ("--steps many", 2, "many"),
     ("--init-from {run} --block-size 73", 2, "--block-size 73: {run} has 72"),
     ("--init-from {run} --tokenizer bytes", 2, "--tokenizer bytes: {run} has bpe"),
