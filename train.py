@@ -200,7 +200,7 @@ def train(config, checkpoint=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
     if world > 1:  # averages the processes' gradients within backward()
-        forward = DistributedDataParallel(forward, broadcast_buffers=False)
+        forward = DistributedDataParallel(forward)
     n_batches = config.grad_accum // world
     describe(config, model, tok, batches, held_out, objective, device, bf16, first)
 
