@@ -118,7 +118,9 @@ class Tokenizer:
         return [i for part, _ in cut(text) for i in self._tiktoken.encode_ordinary(part)]
 
     def encode_batch(self, texts):
-        """list[str], each of at most LONGEST characters -> list[list[int]], in parallel."""
+        """list[str] -> list[list[int]], in parallel."""
+        if any(len(text) > LONGEST for text in texts):
+            return [self.encode(text) for text in texts]
         return self._tiktoken.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):

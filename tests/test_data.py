@@ -194,7 +194,7 @@ def test_streams_are_the_documents_each_followed_by_eot_and_are_made_once(corpus
 def test_a_very_long_line_is_encoded_like_any_other_text(unit, tok, tmp_path, monkeypatch):
     """A million spaces used to overflow tiktoken's stack. Memory is bounded: parts are encoded one by one."""
     text = unit * (1_100_000 // len(unit))
-    assert tok.decode(tok.encode(text)) == text
+    assert tok.decode(tok.encode(text)) == text and tok.encode_batch([text, "x"]) == [tok.encode(text), tok.encode("x")]
     (tmp_path / "line.txt").write_text(text + "end")
     monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts, encode=Tokenizer.encode_batch: (
         encode(self, texts) if sum(map(len, texts)) < 2**21 else pytest.fail("too much at a time")))
