@@ -144,8 +144,8 @@ class Tokenizer:
 
 
 def cut(text):
-    """Yields (part, whether it is the last): a text of any length in parts of at most LONGEST characters, cut behind a line
-    end if there is one in the part's second half."""
+    """Yields (part, whether it is the last): a text in parts of at most LONGEST characters, cut behind a line end if there
+    is one in the part's second half."""
     start = 0
     while len(text) - start > LONGEST:
         end = text.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST

@@ -195,7 +195,7 @@ def load_checkpoint(path, device="cpu"):
         raise
     except Exception as error:  # a damaged or foreign file can fail the unpickler in any way
         raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
-    missing = [key for key in ("model", "model_config", "tokenizer", "config", "objective", "step")
+    missing = [key for key in ("model", "optimizers", "model_config", "tokenizer", "config", "objective", "step")
                if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(missing)}")
@@ -219,7 +219,7 @@ def checkpoint_fits(path):
         yield
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
-        raise OSError(f"{path}: made by another version of nanogap, or damaged ({type(error).__name__}: {why})") from None
+        raise OSError(f"{path}: from another version of nanogap, or damaged ({type(error).__name__}: {why})") from None
 
 
 def newest_run(root="out"):
@@ -272,7 +272,7 @@ def one_line_errors(main):
             code, message = 1, ""
         except OSError as error:
             code, message = 1, error
-        except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError, and on a CPU or MPS known by its text
+        except (MemoryError, RuntimeError) as error:  # torch's own, on CPU and MPS, says it in its text alone
             if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
             code, message = 1, "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"

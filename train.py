@@ -299,17 +299,19 @@ def train(config, checkpoint=None):
 
 
 def join_processes(config):
-    """-> (device, rank, world). Alone: rank 0 of 1. Under torchrun, every process runs train() on its share of each step's
+    """-> (device, rank, world). Alone: rank 0 of 1. Under torchrun, every process runs train() on its share of a step's
     batches; rank 0 alone writes and prints. Raises ValueError where the batches cannot be shared out evenly."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     if world == 1:
         return device, 0, 1
     if config.grad_accum % world:
-        raise ValueError(f"--grad-accum {config.grad_accum}: expected a multiple of {world}, the number of processes that "
-                         "share a step's batches")
+        raise ValueError(f"--grad-accum {config.grad_accum}: expected a multiple of {world}, the number of processes "
+                         "that share a step's batches")
+    if device.type == "mps":
+        raise ValueError("--device mps: torchrun's processes train on cuda, a GPU each, or cpu")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     # gloo for tensors on the CPU, also beside NCCL: asking for a stop must not wait for the GPU. torchrun ends the
     # processes if one fails, so waiting for a slow one (rank 0 making the cache, saving) may take long.
@@ -455,7 +457,7 @@ def lock(folder):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OSError(f"--out {folder}: another run is at work in this folder; wait for its end or take another") from None
+        raise OSError(f"--out {folder}: another run is at work in this folder; wait, or take another") from None
     except OSError:
         pass
     return file
@@ -501,8 +503,8 @@ class Interrupt:
 
 
 def save_checkpoint(path, checkpoint):
-    """Atomically: at any moment, also after a power cut, path is the old checkpoint or the new one, whole and on the disk.
-    Raises OSError where there is no room for it."""
+    """Atomically: at any moment, also after a power cut, path is the old checkpoint or the new one, whole and on the
+    disk. Raises OSError where there is no room for it."""
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as f:
@@ -513,7 +515,8 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch turns some failed writes into a RuntimeError
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); what was saved before is whole") from None
+        raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); what was saved before is "
+                      "whole") from None
 
 
 def read_arguments(arguments):

@@ -79,14 +79,16 @@ def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
 @pytest.mark.parametrize("name", [*OBJECTIVES, "random"])
 def test_any_row_of_random_documents_holds_its_windows_text(name, corpora, n_rows=72):
     """Documents of any characters, down to none: line ends, NUL, BOM, marks that combine, emoji, sentinels' names."""
-    signs = ["a", "Z", "_", "9", " ", "    ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "é", "e\u0301", "я", "語", "🙂",
-             "👩‍👩‍👧", "def ", "return\n", "(", "):\n", "<MID>", "<EOT>", "<|endoftext|>"]
+    signs = ["a", "Z", "_", "9", " ", "    ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "é", "e\u0301", "я", "語",
+             "🙂", "👩‍👩‍👧", "def ", "return\n", "(", "):\n", "<MID>", "<EOT>", "<|endoftext|>"]
     rng = np.random.default_rng(sum(map(ord, name)))
     for _ in range(n_rows):
         tok = corpora[["code", "languages", "languages in bytes"][rng.integers(3)]][0]
         some = [signs[i] for i in rng.choice(len(signs), rng.integers(1, len(signs)), replace=False)]
-        texts = ["".join(some[i] for i in rng.integers(len(some), size=int(400 ** rng.random()) - 1)) for _ in range(20)]
-        (window, _), = windows(as_stream([*texts, "a" * 64], tok), 1, int(8 * 20 ** rng.random() ** 2), rng.integers(10**6))
+        sizes = (400 ** rng.random(20)).astype(int) - 1
+        texts = ["".join(some[i] for i in rng.integers(len(some), size=size)) for size in sizes]
+        T = int(8 * 20 ** rng.random() ** 2)
+        (window, _), = windows(as_stream([*texts, "a" * 160], tok), 1, T, rng.integers(10**6))
         objective = OBJECTIVES.get(name) or Objective(
             rng.random(), rng.random(), LAYOUTS[rng.integers(3)], ["char", "token", "line", "mixed"][rng.integers(4)],
             rng.random(), ["uniform", "log_uniform"][rng.integers(2)], int(rng.integers(8, 40)))

@@ -182,10 +182,18 @@ def test_init_from_starts_with_the_very_weights_and_vocabulary(base, tmp_path, m
     shutil.rmtree(tmp_path / "ntp")  # a run needs its start no more
 
 
-def test_accumulated_batches_are_one_large_batch(base, tmp_path):
-    losses = []
+@pytest.mark.parametrize("objective", ["meap", "sft"])
+def test_accumulated_batches_are_one_large_batch(objective, base, tmp_path, documents):
+    """Also where their numbers of targets differ: answers of fine-tuning are long and short."""
+    losses, data = [], []
+    if objective == "sft":
+        lines = [line for document in documents for line in document.split("\n") if len(line) > 10][:300]
+        pairs = [{"prompt": line[:i % 9 + 1], "answer": line[i % 9 + 1:i % 60 + 12]} for i, line in enumerate(lines)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        data = ["--data", str(tmp_path / "a.jsonl")]
     for name, flags in (("large", "--batch-size 8"), ("accumulated", "--batch-size 4 --grad-accum 2")):
-        train.main([*base, *f"{flags} --objective meap --steps 4 --warmup 1 --out {tmp_path / name}".split()])
+        flags = f"{flags} --objective {objective} --steps 4 --warmup 1 --out {tmp_path / name}"
+        train.main([*base, *data, *flags.split()])
         losses.append([line["loss"] for line in metrics(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
@@ -200,7 +208,7 @@ def torchrun(*arguments, n=2, **settings):
 def test_two_processes_do_what_one_does(base, tmp_path):
     """Also with dropout, and when each accumulates batches itself. One of them writes and speaks for both."""
     flags = [*base, *"--objective fim_meap --grad-accum 4 --steps 3 --warmup 1 --dropout 0.1 --eval-every 2".split()]
-    shown, errors = torchrun(*flags, "--out", tmp_path / "two").communicate(timeout=120)
+    shown, errors = torchrun(*flags, "--out", tmp_path / "two").communicate(timeout=300)
     assert shown.count("done, saved") == shown.count("2 processes") == 1, errors
     train.main([*flags, "--out", str(tmp_path / "one")])
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -214,14 +222,14 @@ def test_two_processes_do_what_one_does(base, tmp_path):
 @pytest.mark.parametrize("lr, message", [(0.01, "stopped after step"), (1e30, "the loss is nan at step")])
 def test_processes_stop_together(lr, message, base, tmp_path):
     """Ctrl-C is saved by the first of them, as by one alone; a loss that is lost ends them all, and nothing hangs."""
-    flags = f"--grad-accum 2 --steps 3000 --warmup 0 --optimizer adamw --clip 0 --lr {lr} --save-every 3000 --out {tmp_path}"
-    run = torchrun(*base, *flags.split())
+    flags = f"--grad-accum 2 --steps 3000 --warmup 0 --optimizer adamw --clip 0 --lr {lr} --save-every 3000"
+    run = torchrun(*base, *flags.split(), "--out", tmp_path)
     while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
         time.sleep(0.05)
     if lr < 1:
         time.sleep(1)
         run.send_signal(signal.SIGINT)
-    shown, errors = run.communicate(timeout=60)
+    shown, errors = run.communicate(timeout=300)
     assert run.returncode and message in shown + errors
     if lr < 1:
         assert shown.count("stopped") == 1 and load_checkpoint(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] < 3000
@@ -361,8 +369,8 @@ def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, ba
     assert (tmp_path / "ckpt.pt").exists() == ("ckpt.pt keeps" in line) == saved
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to ..."), RuntimeError(
-    "MPS backend out of memory (MPS allocated: 1 GB"), "--n-embd 100000000 --n-head 1"])
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                                   RuntimeError("MPS backend out of memory"), "--n-embd 100000000 --n-head 1"])
 def test_out_of_memory_says_which_flags_to_lower(error, base, tmp_path, capsys, monkeypatch):
     flags = [*base, "--out", str(tmp_path)]
     if isinstance(error, str):  # 100 PB: refused at once
