@@ -40,6 +40,8 @@ from objectives import check_choice, check_range, fim_documents
 
 SPECIALS = ("pre", "suf", "mid", "eot", "mask")
 HELD_OUT = 0.05
+LONGEST = 1 << 18  # characters that are encoded at a time: a million spaces in a row overflow tiktoken's stack
+MOST_WORDS = 1 << 20  # different words that learning a vocabulary counts
 SKIP_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 # Standard library modules whose doctests evaluate.py runs: no part of stdlib or prose, so never trained on.
 EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress", "statistics",
@@ -80,9 +82,13 @@ class Tokenizer:
     def train(cls, texts, n):
         """Learns n ids in all (256 bytes and the specials included) from an iterable of texts; fewer if they run out."""
         check_range("--vocab-size", n, 256 + len(SPECIALS), 10**6)
-        counts = Counter()
+        counts, rare = Counter(), 0
         for text in texts:
-            counts.update(re.findall(cls.PATTERN, text))
+            for part, _ in cut(text):
+                counts.update([piece[:1000] for piece in re.findall(cls.PATTERN, part)])
+                while len(counts) > MOST_WORDS:  # what is rare is forgotten, as in word2vec: memory has a bound
+                    rare += 1
+                    counts = Counter({piece: count for piece, count in counts.items() if count > rare})
         counts = {piece.encode("utf-8", "surrogatepass"): count for piece, count in counts.items()}
         return cls(learn_bpe(counts, n - len(SPECIALS)))
 
@@ -107,10 +113,14 @@ class Tokenizer:
         return cls([text.encode("latin-1") for text in plain["vocabulary"]], plain["pattern"])
 
     def encode(self, text):
-        return self._tiktoken.encode_ordinary(text)
+        if len(text) <= LONGEST:
+            return self._tiktoken.encode_ordinary(text)
+        return [i for part, _ in cut(text) for i in self._tiktoken.encode_ordinary(part)]
 
     def encode_batch(self, texts):
         """list[str] -> list[list[int]], in parallel."""
+        if any(len(text) > LONGEST for text in texts):
+            return [self.encode(text) for text in texts]
         return self._tiktoken.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):
@@ -131,6 +141,17 @@ class Tokenizer:
             except UnicodeDecodeError:
                 continue
         return slice(start, start)
+
+
+def cut(text):
+    """Yields (part, whether it is the last): a text in parts of at most LONGEST characters, cut behind a line end if there
+    is one in the part's second half."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = text.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
 
 
 def learn_bpe(counts, n):
@@ -365,12 +386,13 @@ def make_tokenizer(name, vocab_size, texts):
     return makers[name]()
 
 
-def _write_streams(folder, tok, parts):
+def _write_streams(folder, tok, documents):
     dtype = np.dtype("<u2" if tok.n_vocab <= 2**16 else "<u4")
     meta = {"dtype": dtype.str, "tokenizer": tok.to_dict(), "train": [0, 0], "held_out": [0, 0]}
 
-    def write(texts, name, f):
-        ids = [i for document in tok.encode_batch(texts) for i in (*document, tok.eot)]
+    def write(parts, name, f):
+        texts, ends = zip(*parts) if parts else ((), ())
+        ids = [i for part, end in zip(tok.encode_batch(texts), ends) for i in (*part, *([tok.eot] if end else []))]
         block = np.array(ids, dtype).tobytes()
         f.write(block)
         length, checksum = meta[name]
@@ -379,13 +401,14 @@ def _write_streams(folder, tok, parts):
     with open(folder / "train", "wb") as train, open(folder / "held_out", "wb") as held_out:
         sides = {False: ("train", train), True: ("held_out", held_out)}
         waiting = {False: [], True: []}
-        for text, held in parts:
-            waiting[held].append(text)
-            if sum(map(len, waiting[held])) > 1 << 20:
-                write(waiting[held], *sides[held])
-                waiting[held] = []
-        for held, texts in waiting.items():
-            write(texts, *sides[held])
+        for text, held in documents:
+            for part in cut(text):
+                waiting[held].append(part)
+                if sum(len(text) for text, _ in waiting[held]) > 1 << 20:
+                    write(waiting[held], *sides[held])
+                    waiting[held] = []
+        for held, parts in waiting.items():
+            write(parts, *sides[held])
     meta = json.dumps(meta)
     (folder / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
 

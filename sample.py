@@ -14,9 +14,10 @@ import argparse
 import codecs
 import functools
 import os
-import pickle
 import re
 import sys
+import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,26 +209,38 @@ def load_checkpoint(path, device="cpu"):
     if not file.is_file():
         raise OSError(f"{file}: no such checkpoint; `python train.py` makes one")
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
-        missing = {"model", "model_config", "tokenizer", "config", "objective", "step"} - checkpoint.keys()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, KeyError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on a foreign pickle before it refuses it
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged or foreign file can fail the unpickler in any way
         raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
+    missing = [key for key in ("model", "optimizers", "model_config", "tokenizer", "config", "objective", "step")
+               if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(sorted(missing))}")
+        raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(missing)}")
     return checkpoint
 
 
 def load_model(path, device="cpu"):
     """DIR or DIR/ckpt.pt -> (GPT in evaluation mode, Tokenizer, checkpoint)."""
     checkpoint = load_checkpoint(path, device)
-    try:
-        model = GPT(GPTConfig(**checkpoint["model_config"])).to(device)
+    with checkpoint_fits(path):
+        model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except TypeError as error:
-        raise OSError(f"{path}: made by another version of nanogap ({error})") from None
-    except RuntimeError as error:
-        raise OSError(f"{path}: weights of another shape than its settings ({str(error).splitlines()[1].strip()})") from None
-    return model.eval(), Tokenizer.from_dict(checkpoint["tokenizer"]), checkpoint
+        tok = Tokenizer.from_dict(checkpoint["tokenizer"])
+    return model.to(device).eval(), tok, checkpoint
+
+
+@contextmanager
+def checkpoint_fits(path):
+    """What fails within it does so because the checkpoint's settings or weights are not of this program: OSError."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise OSError(f"{path}: from another version of nanogap, or damaged ({type(error).__name__}: {why})") from None
 
 
 def newest_run(root="out"):
@@ -239,14 +252,15 @@ def newest_run(root="out"):
 
 def pick_device(name):
     """auto, cpu, cuda, cuda:1, mps -> torch.device. Raises ValueError where there is none of that kind."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps", name):  # torch knows more, such as meta, that cannot train
+        raise ValueError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}); expected auto, cpu, cuda "
-                         "or mps") from None
+        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
     return device
 
 
@@ -255,6 +269,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, arguments=None):
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if re.search("[\ud800-\udfff]", argument):
+                raise ValueError(f"{argument!r}: not UTF-8 text (it has a lone surrogate)")
+        return super().parse_args(arguments)
 
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -271,14 +291,12 @@ def one_line_errors(main):
         except BrokenPipeError:  # whoever read the output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code, message = 1, ""
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            code, message = 1, f"out of memory ({str(error).splitlines()[0]}): lower --batch-size or --block-size"
         except OSError as error:
             code, message = 1, error
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:  # torch's own, on CPU and MPS, says it in its text alone
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
                 raise
-            code, message = 1, "out of memory: lower --batch-size or --block-size"
+            code, message = 1, "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
         except KeyboardInterrupt:
             code, message = 130, "interrupted"
         else:
@@ -313,6 +331,9 @@ def main(arguments=None):
     check_range("--n", args.n, 1, 1024)
     check_range("--max-new-tokens", args.max_new_tokens, 1, 10**6)
     check_range("--top-k", args.top_k, 0, 10**6)
+    check_range("--top-p", args.top_p, 1e-6, 1)
+    if args.temperature is not None:
+        check_range("--temperature", args.temperature, 0, 100)
     if (args.stream or args.interactive) and args.n > 1:
         raise ValueError(f"--n {args.n}: expected one sample with --stream and --interactive")
     temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
@@ -338,6 +359,8 @@ def main(arguments=None):
         samples = collect(generate(model, idx, args.max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **settings), tok, stream)
         for i, (ids, mean_log_p) in enumerate([] if stream else samples, 1):
             print((f"--- {i} of {args.n}, {mean_log_p:.2f} nats a token\n" if args.n > 1 else "") + tok.decode(ids))
+        if stream:
+            print()
         return
 
     objective = checkpoint["objective"]

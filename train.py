@@ -5,6 +5,7 @@
     python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
     python train.py --out out/fim_spm --resume           goes on where a run stopped
     python train.py --objective sft --init-from out/ntp  fine-tunes a finished model, here on prompts and answers
+    torchrun --nproc_per_node=8 train.py --preset gpt2 --data code.jsonl.gz        on 8 GPUs, the same run
 
 Reads from top to bottom: settings, presets, the loop, what it reports, checkpoints, the command line.
 """
@@ -13,23 +14,32 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from data import Batches, Tokenizer, prepare, single_line_holes, split_lines
 from gpt2 import load_gpt2
 from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
 from pairs import PairBatches, prepare_pairs
-from sample import (ENDINGS, Parser, collect, generate, infill, instruct_prompt, load_checkpoint, one_line_errors,
-                    pick_device)
+from sample import (ENDINGS, Parser, checkpoint_fits, collect, generate, infill, instruct_prompt, load_checkpoint,
+                    one_line_errors, pick_device)
 
 
 def setting(default, help, choices=None, low=None, high=math.inf):
@@ -74,7 +84,7 @@ class Config:
     attention: str = setting("auto", "manual (spelled out, the faster on CPU), fused, or auto: fused on a GPU",
                              ("auto", "manual", "fused"))
     batch_size: int = setting(16, "rows in a batch", low=1)
-    grad_accum: int = setting(1, "batches in a step", low=1)
+    grad_accum: int = setting(1, "batches in a step; torchrun's processes share them", low=1)
     steps: int = setting(1200, "optimiser steps", low=1)
     optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
     lr: float = setting(0.006, "peak learning rate", low=1e-12)
@@ -151,54 +161,63 @@ def train(config, checkpoint=None):
     """Runs the training that config describes. Returns the last evaluation, a dict.
 
     checkpoint: where to start, if not anew: one of this run's own to resume from, or that of --init-from."""
-    device = pick_device(config.device)
+    device, rank, world = join_processes(config)
     resuming = checkpoint is not None and "optimizers" in checkpoint
     tok = Tokenizer.from_dict(checkpoint["tokenizer"]) if config.init_from else None
     objective = config.make_objective()
-    rows = config.block_size, config.batch_size, config.seed
+    rows = config.block_size, config.batch_size, config.seed, rank, world
+    if rank > 0:
+        dist.barrier()  # until rank 0 has made the cache
     if objective.answers:
         tok, text, held_out = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok)
         batches = PairBatches(text, objective, tok, *rows)
     else:
         tok, text, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
         batches = Batches(text, objective, tok, *rows, fim_level=config.fim_level)
-    if resuming and (checkpoint["tokenizer"], checkpoint["stream_length"]) != (tok.to_dict(), len(text)):
+    if rank == 0 and world > 1:
+        dist.barrier()
+    if resuming and (checkpoint["tokenizer"], checkpoint.get("stream_length")) != (tok.to_dict(), len(text)):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
     model = make_model(config, tok.n_vocab, device)
     optimizers = make_optimizers(model, config)
     first = 0
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    if resuming:
-        first = checkpoint["step"]
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
+        with checkpoint_fits(config.out if resuming else config.init_from):
+            model.load_state_dict(checkpoint["model"])
+            if resuming:
+                first = checkpoint["step"]
+                for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    held = lock(out) if rank == 0 else nullcontext()
     bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
+    if world > 1:  # averages the processes' gradients within backward()
+        forward = DistributedDataParallel(forward)
     describe(config, model, tok, batches, held_out, objective, device, bf16, first)
     model.train()
-    metrics, report, stopping = Metrics(out / "metrics.jsonl", first), {}, Interrupt()
+    metrics, report, stopping = Metrics(out / "metrics.jsonl", first) if rank == 0 else None, {}, Interrupt()
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True) as bar, \
-            ThreadPoolExecutor(1) as prefetch, stopping:
+    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
+              disable=rank > 0) as bar, ThreadPoolExecutor(1) as prefetch, stopping, held:
         waiting = prefetch.submit(load, batches, first, config, device)
         logged, started = first, time.perf_counter()
         for step in range(first, config.steps):
             micro_batches = waiting.result()
             waiting = prefetch.submit(load, batches, step + 1, config, device)
-            total = update(forward, micro_batches, optimizers, step, config, autocast)
+            total = update(forward, micro_batches, optimizers, step, config, autocast, rank, world)
             done = step + 1
             bar.update()
-            last = done == config.steps or stopping.asked
+            stop = mean(float(stopping.asked), world) > 0  # one process was asked: all stop, after the same step
+            last = done == config.steps or stop
             if done % log_every and done % config.eval_every and done % config.save_every and not last:
                 continue
 
-            loss = total.item()
+            loss = mean(total, world).item()
             stop_if_diverged(loss, done, config)
             now = time.perf_counter()
             speed = (done - logged) * tokens_per_step / (now - started)
@@ -207,37 +226,28 @@ def train(config, checkpoint=None):
             wanted = targets[targets != IGNORE].cpu()
             bpb = loss / math.log(2) / max(1e-9, tok.n_bytes[wanted].mean())
             bar.set_postfix_str(f"loss {loss:.3f}, {bpb:.3f} bits/byte, {speed:,.0f} tokens/s")
-            rows = done * config.batch_size * config.grad_accum
-            line = {"step": done, "tokens": done * tokens_per_step, "epoch": rows / batches.n_windows, "loss": loss, "lr": learning_rate(step, config),
-                    "tokens_per_s": round(speed)}
+            tokens = done * tokens_per_step
+            line = {"step": done, "tokens": tokens, "epoch": tokens / config.block_size / batches.n_windows, "loss": loss,
+                    "lr": learning_rate(step, config), "tokens_per_s": round(speed)}
             if done % config.eval_every == 0 or done == config.steps:
-                final = done == config.steps
-                n_rows = config.eval_tokens * (4 if final else 1) // config.block_size
-                name, rows = (("answer_bpb", answer_rows) if objective.answers else ("held_out_bpb", text_rows))
-                report = {name: bits_per_byte(model, rows(held_out, tok, config.block_size, n_rows), tok, autocast)}
-                if report[name] is None:
-                    tqdm.write(f"step {done}: no held-out text, or less than a window")
-                else:
-                    stop_if_diverged(report[name], done, config)
-                    of = " of the answers" if objective.answers else ""
-                    tqdm.write(f"step {done}: {report[name]:.4f} held-out bits per byte{of}")
-                if objective.answers and held_out:
-                    tqdm.write(show_answer(model, tok, *held_out[done % len(held_out)]))
-                if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=done)):
-                    tqdm.write(show_infill(model, tok, objective, *hole[0]))
+                report = held_out_report(model, held_out, tok, objective, config, done, autocast)
                 line |= report
                 started = time.perf_counter()
-            metrics.write(line)
+            if rank == 0:
+                metrics.write(line)
             if done % config.save_every == 0 or last:
                 with torch.no_grad(), autocast:  # this step may have thrown the weights out
-                    stop_if_diverged(forward(*micro_batches[-1])[1].item(), done, config)
+                    stop_if_diverged(mean(forward(*micro_batches[-1])[1], world).item(), done, config)
+            if rank == 0 and (done % config.save_every == 0 or last):
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                     "step": done, "config": asdict(config), "model_config": asdict(model.config),
                     "objective": asdict(objective), "tokenizer": tok.to_dict(), "stream_length": len(text)})
-            if stopping.asked:
+            if stop:
                 break
-    if stopping.asked and done < config.steps:
+    if world > 1:
+        dist.destroy_process_group()
+    if done < config.steps:
         print(f"stopped after step {done}, saved; go on with: python train.py --out {out} --resume")
     else:
         print(f"done, saved in {out}; try: python sample.py --ckpt {out}")
@@ -255,23 +265,31 @@ def make_model(config, n_vocab, device):
 
 
 def load(batches, step, config, device):
-    """The micro-batches of a step, as tensors on the device."""
-    pairs = [batches.batch(step * config.grad_accum + i) for i in range(config.grad_accum)]
+    """This process's micro-batches of a step, as tensors on the device."""
+    n = config.grad_accum // batches.world
+    pairs = [batches.batch(step * n + i) for i in range(n)]
     tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
     if device.type != "cuda":
         return [[ids.to(device) for ids in pair] for pair in tensors]
     return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
 
 
-def update(forward, micro_batches, optimizers, step, config, autocast):
-    """One step of the optimisers; returns the loss, a tensor, so that a GPU need not wait for the CPU to read it."""
-    torch.manual_seed(config.seed * 2**32 + step)  # dropout, too, depends on (seed, step) alone
+def update(forward, micro_batches, optimizers, step, config, autocast, rank=0, world=1):
+    """One step of the optimisers; returns this process's share of the loss, a tensor: a GPU need not wait for its reader.
+
+    The loss of a step is the mean over all its targets; in fine-tuning, batches have more or fewer of them."""
+    n = len(micro_batches)
+    n_targets = mean(sum((targets != IGNORE).sum() for _, targets in micro_batches), world)
     total = 0.0
-    for inputs, targets in micro_batches:
-        with autocast:
-            loss = forward(inputs, targets)[1]  # nobody holds on to the logits
-        (loss / config.grad_accum).backward()
-        total = total + loss.detach() / config.grad_accum
+    for i, (inputs, targets) in enumerate(micro_batches):
+        # dropout, too, depends on the seed and the number of the batch alone
+        torch.manual_seed(config.seed * 2**32 + (step * n + i) * world + rank)
+        share = (targets != IGNORE).sum() / n_targets
+        with forward.no_sync() if world > 1 and i < n - 1 else nullcontext():
+            with autocast:
+                loss = forward(inputs, targets)[1]  # nobody holds on to the logits
+            (loss * share).backward()
+        total = total + loss.detach() * share
     if config.clip:
         torch.nn.utils.clip_grad_norm_(forward.parameters(), config.clip)
     for optimizer in optimizers:
@@ -280,6 +298,55 @@ def update(forward, micro_batches, optimizers, step, config, autocast):
         optimizer.step()
         optimizer.zero_grad()
     return total
+
+
+def join_processes(config):
+    """-> (device, rank, world). Alone: rank 0 of 1. Under torchrun, every process runs train() on its share of a step's
+    batches; rank 0 alone writes and prints. Raises ValueError where the batches cannot be shared out evenly."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    if world == 1:
+        return device, 0, 1
+    if config.grad_accum % world:
+        raise ValueError(f"--grad-accum {config.grad_accum}: expected a multiple of {world}, the number of processes "
+                         "that share a step's batches")
+    if device.type == "mps":
+        raise ValueError("--device mps: torchrun's processes train on cuda, a GPU each, or cpu")
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    # gloo for tensors on the CPU, also beside NCCL: asking for a stop must not wait for the GPU. torchrun ends the
+    # processes if one fails, so waiting for a slow one (rank 0 making the cache, saving) may take long.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    rank = dist.get_rank()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, world
+
+
+def mean(x, world):
+    """A number's or tensor's mean over the processes, the same in each of them."""
+    if world > 1:
+        x = torch.as_tensor(x) / world
+        dist.all_reduce(x)
+    return x
+
+
+def held_out_report(model, held_out, tok, objective, config, step, autocast):
+    """Prints how the model does on held-out text, with one example, and returns the figure as {name: bits per byte}."""
+    n_rows = config.eval_tokens * (4 if step == config.steps else 1) // config.block_size
+    name, rows = ("answer_bpb", answer_rows) if objective.answers else ("held_out_bpb", text_rows)
+    bpb = bits_per_byte(model, rows(held_out, tok, config.block_size, n_rows), tok, autocast)
+    if bpb is None:
+        tqdm.write(f"step {step}: no held-out text, or less than a window")
+    else:
+        stop_if_diverged(bpb, step, config)
+        tqdm.write(f"step {step}: {bpb:.4f} held-out bits per byte{' of the answers' if objective.answers else ''}")
+    if objective.answers and held_out:
+        tqdm.write(show_answer(model, tok, *held_out[step % len(held_out)]))
+    if objective.fim_rate and (hole := single_line_holes(held_out, tok, 1, seed=step)):
+        tqdm.write(show_infill(model, tok, objective, *hole[0]))
+    return {name: bpb}
 
 
 def stop_if_diverged(loss, step, config):
@@ -396,8 +463,23 @@ def describe(config, model, tok, batches, held_out, objective, device, bf16, fir
           f"{tokens / 1e6:.1f} M, {tokens / config.block_size / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
           f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
           + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+          + (f", {dist.get_world_size()} processes" if dist.is_initialized() else "")
           + f"\nout        {config.out}" + (f", going on after step {first}" if first else
                                      f", from {config.init_from}" if config.init_from else ""))
+
+
+def lock(folder):
+    """Keeps other runs out of a folder while the file that it returns is open: until the process ends, however it ends.
+    Raises OSError where another run is at work. (On Windows and on some network disks there is no such lock.)"""
+    file = open(folder / "lock", "w")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(f"--out {folder}: another run is at work in this folder; wait, or take another") from None
+    except OSError:
+        pass
+    return file
 
 
 class Metrics:
@@ -406,10 +488,10 @@ class Metrics:
     def __init__(self, path, first):
         kept = []
         if path.exists():
-            for line in path.read_text().splitlines():
+            for line in path.read_text(errors="replace").splitlines():
                 try:
                     kept += [line] if json.loads(line)["step"] <= first else []
-                except (ValueError, KeyError):
+                except (ValueError, KeyError, TypeError):
                     pass
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
@@ -440,13 +522,20 @@ class Interrupt:
 
 
 def save_checkpoint(path, checkpoint):
-    """Atomically: at any moment path is the old checkpoint or the new one, whole and on the disk."""
+    """Atomically: at any moment, also after a power cut, path is the old checkpoint or the new one, whole and on the
+    disk. Raises OSError where there is no room for it."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns some failed writes into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); what was saved before is "
+                      "whole") from None
 
 
 def read_arguments(arguments):
@@ -514,13 +603,14 @@ def resume(given):
     if "out" not in given:
         raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
     checkpoint = load_checkpoint(given["out"])
-    saved = checkpoint["config"]
-    changed = [f"{flag_of(name)} {saved[name]} to {value}" for name, value in given.items()
-               if name not in FREE and value != saved[name]]
+    with checkpoint_fits(given["out"]):
+        saved = Config(**checkpoint["config"])
+    changed = [f"{flag_of(name)} {getattr(saved, name)} to {value}" for name, value in given.items()
+               if name not in FREE and value != getattr(saved, name)]
     if changed:
         raise ValueError(f"--resume goes on with the settings of {given['out']}, but these changed: {', '.join(changed)}; "
                          "leave them out, or start anew with another --out")
-    config = Config(**saved | given)
+    config = replace(saved, **given)
     if checkpoint["step"] >= config.steps:
         raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; nothing is left to do")
     return config, checkpoint

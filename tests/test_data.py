@@ -139,6 +139,7 @@ def test_a_folder_or_glob_reads_every_text_file_and_skips_the_rest(tmp_path):
     ("a.jsonl", b'{"n": %s, "text": ""}' % (b"1" * 5000), ValueError, "line 1 "),
     ("a.jsonl", JSONL + b'{"title": "x"}', ValueError, 'line 4 .*"text" or "content"'),
     ("a.jsonl", b'{"text": 3}', ValueError, "line 1 "), ("a.jsonl", b"[3]", ValueError, "line 1 "),
+    ("nul.jsonl", JSONL + b"\0\0\n", ValueError, "line 4 is not JSON"),
     ("a.jsonl.gz", gzip.compress(JSONL)[:-9], ValueError, ""), ("a.txt.gz", b"x", ValueError, ""),
     ("empty.txt", b"", ValueError, "no text"), ("blank.txt", b" \n", ValueError, "no text")])
 def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, error, message):
@@ -150,6 +151,20 @@ def test_what_cannot_be_read_is_named_in_one_line(tmp_path, name, content, error
     with pytest.raises(error, match=f"^--data {re.escape(str(path))}.*{message}.*$") as caught:
         prepare(str(path), "bytes", cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value) and not (tmp_path / "cache").exists()
+
+
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Simulated, as root may read everything: an unreadable folder looks empty to glob."""
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(data, "open", refuse, raising=False)
+    for name, error, message in (("folder", OSError, "to read this folder"), ("a.txt", ValueError, "to read it")):
+        with pytest.raises(error, match=f"^--data {tmp_path / name}: no permission {message}$"):
+            prepare(str(tmp_path / name), "bytes", cache_dir=tmp_path / "cache")
 
 
 @pytest.fixture
@@ -173,6 +188,39 @@ def test_streams_are_the_documents_each_followed_by_eot_and_are_made_once(corpus
     monkeypatch.setattr(data, "iter_documents", None)
     again, *cached = prepare(str(corpus[0]), tokenizer, 400, corpus[1])
     assert again.to_dict() == tok.to_dict() and all(map(np.array_equal, streams, cached))
+
+
+@pytest.mark.parametrize("unit", ["x", " ", "\n", "=", "word ", "é\n", "0"])
+def test_a_very_long_line_is_encoded_like_any_other_text(unit, tok, tmp_path, monkeypatch):
+    """A million spaces used to overflow tiktoken's stack. Memory is bounded: parts are encoded one by one."""
+    text = unit * (1_100_000 // len(unit))
+    assert tok.decode(tok.encode(text)) == text and tok.encode_batch([text, "x"]) == [tok.encode(text), tok.encode("x")]
+    (tmp_path / "line.txt").write_text(text + "end")
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts, encode=Tokenizer.encode_batch: (
+        encode(self, texts) if sum(map(len, texts)) < 2**21 else pytest.fail("too much at a time")))
+    learned, train, held_out = prepare(str(tmp_path / "line.txt"), "bpe", 300, tmp_path / "cache")
+    assert [np.flatnonzero(part == learned.eot).tolist() for part in (train, held_out)] == [
+        [len(train) - 1], [len(held_out) - 1]]
+    assert learned.decode(train.tolist()) + learned.decode(held_out.tolist()) == text + "end"
+
+
+def test_long_texts_are_cut_behind_line_ends(tok, documents, monkeypatch):
+    text = "".join(documents)
+    whole = tok.encode(text)
+    monkeypatch.setattr(data, "LONGEST", 5000)
+    parts, last = zip(*data.cut(text))
+    assert "".join(parts) == text and len(parts) > 50 and max(map(len, parts)) <= 5000 and sum(last) == last[-1] == 1
+    assert all(part.endswith("\n") for part in parts[:-1]) and list(data.cut("")) == [("", True)]
+    assert tok.decode(tok.encode(text)) == text and len(tok.encode(text)) < len(whole) + len(parts)
+
+
+def test_rare_words_are_forgotten_before_memory_is_full(monkeypatch):
+    counted, single = [], Tokenizer.bytes().vocabulary
+    texts = ["def " * 10 + "".join(f"x{i}y " for i in range(j, j + 50)) for j in range(0, 2000, 50)]
+    monkeypatch.setattr(data, "MOST_WORDS", 100)
+    monkeypatch.setattr(data, "learn_bpe", lambda counts, n: counted.append(counts) or single)
+    Tokenizer.train(texts, 300)
+    assert len(counted[0]) <= 100 and counted[0][b" def"] + counted[0][b"def"] >= 380
 
 
 @pytest.mark.parametrize("name, damage", [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import LANGUAGES
+from conftest import LANGUAGES, as_stream
 
 from objectives import OBJECTIVES, Objective, fim_documents, fim_example, fim_prompt, mask_inputs, pieces, split_middle
 
@@ -74,6 +74,25 @@ def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
         before = window.copy()
         check_row(*objective.row(window, tok, rng), window, objective, tok)
         assert np.array_equal(window, before), "the window is left as it was"
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "random"])
+def test_any_row_of_random_documents_holds_its_windows_text(name, corpora, n_rows=72):
+    """Documents of any characters, down to none: line ends, NUL, BOM, marks that combine, emoji, sentinels' names."""
+    signs = ["a", "Z", "_", "9", " ", "    ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "é", "e\u0301", "я", "語",
+             "🙂", "👩‍👩‍👧", "def ", "return\n", "(", "):\n", "<MID>", "<EOT>", "<|endoftext|>"]
+    rng = np.random.default_rng(sum(map(ord, name)))
+    for _ in range(n_rows):
+        tok = corpora[["code", "languages", "languages in bytes"][rng.integers(3)]][0]
+        some = [signs[i] for i in rng.choice(len(signs), rng.integers(1, len(signs)), replace=False)]
+        sizes = (400 ** rng.random(20)).astype(int) - 1
+        texts = ["".join(some[i] for i in rng.integers(len(some), size=size)) for size in sizes]
+        T = int(8 * 20 ** rng.random() ** 2)
+        (window, _), = windows(as_stream([*texts, "a" * 160], tok), 1, T, rng.integers(10**6))
+        objective = OBJECTIVES.get(name) or Objective(
+            rng.random(), rng.random(), LAYOUTS[rng.integers(3)], ["char", "token", "line", "mixed"][rng.integers(4)],
+            rng.random(), ["uniform", "log_uniform"][rng.integers(2)], int(rng.integers(8, 40)))
+        check_row(*objective.row(window, tok, rng), window, objective, tok)
 
 
 @pytest.mark.parametrize("span, name", [("char", "code"), ("token", "code"), ("mixed", "code"), ("line", "code"),

@@ -237,11 +237,14 @@ def runs(tmp_path_factory, documents):
 @pytest.fixture
 def cli(runs, capsys, monkeypatch):
     """Runs sample.py among the runs -> what it prints, and its exit code with the one line of a refusal."""
-    def call(*arguments, ckpt="fim"):
+    def call(*arguments, ckpt="fim", resume=None):
         capsys.readouterr()
         code = 0
         try:
-            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12", *arguments])
+            if resume:
+                train.main(["--resume", "--out", str(resume)])
+            else:
+                sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12", *arguments])
         except SystemExit as stop:
             code = stop.code
         shown = capsys.readouterr()
@@ -260,7 +263,7 @@ def test_the_command_line_continues_a_prompt(cli, runs):
         expected = text + tok.decode(naive_greedy(model, tok.encode(text) or [tok.eot], 12))
         shown = cli("--prompt", text.replace("\n", "\\n"), ckpt="ntp").out
         assert shown == expected + "\n" and len(expected) > len(text)
-        assert cli("--prompt", text, "--stream", ckpt="ntp").out.rstrip("\n") == expected.rstrip("\n")
+        assert cli("--prompt", text, "--stream", ckpt="ntp").out == shown
     assert cli("--prompt", "if", "--n", "3", ckpt="ntp").out.count(" of 3, -") == 3
 
 
@@ -273,6 +276,14 @@ def test_the_command_line_answers_in_the_format_of_fine_tuning(cli, runs):
     assert "the last 115 of" in cli("--instruct", "7" * 500, ckpt="sft").err
     refused = cli("--instruct", "7:", ckpt="fim")
     assert refused.code == 2 and "fim was trained with --objective fim, which never saw prompts" in refused.err
+
+def test_the_command_line_draws_text_alone(cli, tok, monkeypatch):
+    """A model that would go on with <MASK> or <PRE> is made to say its likeliest text instead."""
+    table = torch.zeros(tok.n_vocab, tok.n_vocab)
+    table[:, [tok.mask, tok.pre]] = 9
+    table[:, tok.encode("x")] = 5
+    monkeypatch.setattr(sample, "load_model", lambda *_: (Chain(table), tok, {}))
+    assert cli("--prompt", "a").out == "a" + 12 * "x" + "\n"
 
 
 def test_the_command_line_fills_a_hole(cli, runs, documents, monkeypatch):
@@ -325,16 +336,18 @@ def test_the_command_line_infills_while_one_types(cli, runs, monkeypatch):
     ("--interactive --n 2", 2, "--n 2: expected one sample"), ("--interactive --prompt a", 2, "expected one of --prompt"),
     ("--file missing.py", 1, "missing.py"), ("--prompt a --n 0", 2, "--n 0: expected 1"),
     ("--prompt a --n 2 --stream", 2, "--n 2: expected one"), ("--prompt a --top-k -1", 2, "--top-k -1"),
-    ("--prompt a --top-p 1.5", 2, "top_p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
-    ("--prompt a --temperature -1", 2, "temperature -1.0: expected 0"), ("--prompt a --n two", 2, "two"),
-    ("--prompt a --temperature nan", 2, "temperature nan"), ("--prompt a --device abacus", 2, "--device abacus"),
+    ("--prompt a --top-p 1.5", 2, "--top-p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
+    ("--prompt a --temp 1", 2, "--temp"),
+    ("--prompt a --temperature -1", 2, "--temperature -1.0: expected 0"), ("--prompt a --n two", 2, "two"),
+    ("--prompt a --temperature nan", 2, "--temperature nan"), ("--prompt a --device abacus", 2, "--device abacus"),
+    ("--prompt a --device meta", 2, "--device meta: expected auto, cpu, cuda, cuda:N or mps"),
     ("--prefix a --max-new-tokens 0", 2, "--max-new-tokens 0"), ("--prefix a --order mps", 2, "mps"),
     ("--prefix a --max-new-tokens 125", 2, "--max-new-tokens 125"),
     ("--prefix a --ckpt ntp", 2, "ntp was trained with --objective ntp, which never saw a gap"),
     ("--prompt a --ckpt none", 1, "none: no such checkpoint"), ("--prompt a --ckpt two.py", 1, "two.py: not")])
 def test_a_mistake_is_one_line(arguments, code, message, cli):
     shown = cli(*arguments.split())
-    assert shown.code == code and message in shown.err
+    assert shown.code == code and message in shown.err and not shown.out
 
 
 class Bomb:
@@ -342,18 +355,27 @@ class Bomb:
         return os.mkdir, ("blown",)
 
 
-@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "text", "pickle", "bomb", "torch bomb", "list",
-                                  "other", "newer", "wider"])
-def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(name, cli, runs, tmp_path):
-    whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim")
+@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "text", "pickle", "new pickle", "bomb", "torch bomb",
+                                  "list", "other", "newer", "wider", "taller", "other words"])
+@pytest.mark.parametrize("resume", [False, True], ids=["sample", "resume"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(name, resume, cli, runs, tmp_path):
+    whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim") | {"step": 20}
     raw = {"half": whole[:len(whole) // 2], "text": b"hello\n", "pickle": pickle.dumps({"model": 1}, 2),
-           "bomb": pickle.dumps(Bomb(), 2)} | {n: whole[:int(n)] for n in ("0", "1", "100", "-1")}
+           "new pickle": pickle.dumps({"model": 1}, 4), "bomb": pickle.dumps(Bomb(), 2)}
+    raw |= {n: whole[:int(n)] for n in ("0", "1", "100", "-1")}
+
+    def changed(**settings):
+        return checkpoint | {name: checkpoint[name] | settings for name in ("config", "model_config")}
+
     saved = {"torch bomb": checkpoint | {"model": Bomb()}, "list": [1, 2], "other": {"model": {}},
-             "newer": checkpoint | {"model_config": checkpoint["model_config"] | {"experts": 8}},
-             "wider": checkpoint | {"model_config": checkpoint["model_config"] | {"n_embd": 64}}}
-    (tmp_path / "ckpt.pt").write_bytes(raw[name]) if name in raw else torch.save(saved[name], tmp_path / "ckpt.pt")
-    shown = cli("--prompt", "a", ckpt=tmp_path)
+             "newer": changed(experts=8), "wider": changed(n_embd=64), "taller": changed(n_layer=2),
+             "other words": checkpoint | {"tokenizer": {"words": ["a"]}}}
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(raw[name]) if name in raw else torch.save(saved[name], path)
+    before = path.read_bytes()
+    shown = cli("--prompt", "a", ckpt=tmp_path, resume=resume and tmp_path)
     assert shown.code == 1 and str(tmp_path) in shown.err and not (runs / "blown").exists()
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_newest_run_is_the_default(runs, tmp_path, capsys, monkeypatch):

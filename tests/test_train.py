@@ -1,5 +1,6 @@
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -137,6 +138,20 @@ def test_bits_per_byte_of_answers_leave_prompts_and_padding_out(tok, documents):
     assert found == pytest.approx(bits / n_bytes, rel=1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.01, 0])
+def test_the_gradient_of_a_step_is_clipped(clip, base, tmp_path, monkeypatch):
+    norms = []
+
+    def make_watched_optimizers(model, config):
+        first, *rest = make_optimizers(model, config)
+        first.register_step_pre_hook(lambda *_: norms.append(math.hypot(*(p.grad.norm() for p in model.parameters()))))
+        return [first, *rest]
+
+    monkeypatch.setattr(train, "make_optimizers", make_watched_optimizers)
+    train.main([*base, *f"--steps 2 --clip {clip} --out {tmp_path}".split()])
+    assert norms == pytest.approx([clip] * 2, rel=1e-3) if clip else min(norms) > 0.1
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_learns(objective, base, tmp_path):
     flags = f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}"
@@ -167,12 +182,59 @@ def test_init_from_starts_with_the_very_weights_and_vocabulary(base, tmp_path, m
     shutil.rmtree(tmp_path / "ntp")  # a run needs its start no more
 
 
-def test_accumulated_batches_are_one_large_batch(base, tmp_path):
-    losses = []
+@pytest.mark.parametrize("objective", ["meap", "sft"])
+def test_accumulated_batches_are_one_large_batch(objective, base, tmp_path, documents):
+    """Also where their numbers of targets differ: answers of fine-tuning are long and short."""
+    losses, data = [], []
+    if objective == "sft":
+        lines = [line for document in documents for line in document.split("\n") if len(line) > 10][:300]
+        pairs = [{"prompt": line[:i % 9 + 1], "answer": line[i % 9 + 1:i % 60 + 12]} for i, line in enumerate(lines)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        data = ["--data", str(tmp_path / "a.jsonl")]
     for name, flags in (("large", "--batch-size 8"), ("accumulated", "--batch-size 4 --grad-accum 2")):
-        train.main([*base, *f"{flags} --objective meap --steps 4 --warmup 1 --out {tmp_path / name}".split()])
+        flags = f"{flags} --objective {objective} --steps 4 --warmup 1 --out {tmp_path / name}"
+        train.main([*base, *data, *flags.split()])
         losses.append([line["loss"] for line in metrics(tmp_path / name)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def torchrun(*arguments, n=2, **settings):
+    """A training run in n processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", train.__file__]
+    return subprocess.Popen([*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **settings)
+
+
+def test_two_processes_do_what_one_does(base, tmp_path):
+    """Also with dropout, and when each accumulates batches itself. One of them writes and speaks for both."""
+    flags = [*base, *"--objective fim_meap --grad-accum 4 --steps 3 --warmup 1 --dropout 0.1 --eval-every 2".split()]
+    shown, errors = torchrun(*flags, "--out", tmp_path / "two").communicate(timeout=300)
+    assert shown.count("done, saved") == shown.count("2 processes") == 1, errors
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for key in ("step", "tokens", "loss", "lr", *(["held_out_bpb"] if one["step"] == 2 else [])):
+            assert one[key] == pytest.approx(two[key], abs=1e-5)
+    weights = [load_checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lr, message", [(0.01, "stopped after step"), (1e30, "the loss is nan at step")])
+def test_processes_stop_together(lr, message, base, tmp_path):
+    """Ctrl-C is saved by the first of them, as by one alone; a loss that is lost ends them all, and nothing hangs."""
+    flags = f"--grad-accum 2 --steps 3000 --warmup 0 --optimizer adamw --clip 0 --lr {lr} --save-every 3000"
+    run = torchrun(*base, *flags.split(), "--out", tmp_path)
+    while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    if lr < 1:
+        time.sleep(1)
+        run.send_signal(signal.SIGINT)
+    shown, errors = run.communicate(timeout=300)
+    assert run.returncode and message in shown + errors
+    if lr < 1:
+        assert shown.count("stopped") == 1 and load_checkpoint(tmp_path)["step"] == metrics(tmp_path)[-1]["step"] < 3000
+    else:
+        assert not (tmp_path / "ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("objective, extra", [*((name, "") for name in OBJECTIVES), (
@@ -186,6 +248,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, extra, ba
             shutil.copytree(whole, part)
             with open(part / "metrics.jsonl", "a") as f:  # what a run leaves that is killed two steps later
                 f.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
+            (part / "ckpt.tmp").write_bytes(b"half a checkpoint")
 
     monkeypatch.setattr(train, "save_checkpoint", save_and_keep_a_copy)
     flags = f"--objective {objective} --steps 6 --warmup 2 --dropout 0.1 --grad-accum 2 --eval-every 2 --save-every 3"
@@ -229,20 +292,71 @@ def test_ctrl_c_saves_and_resume_finishes_on_the_same_text(base, tmp_path, docum
     assert steps == sorted(set(steps)) and steps[-1] == load_checkpoint(tmp_path)["step"] == 300
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "ckpt.pt"
-    save_checkpoint(path, {"weights": torch.arange(5.0)})
+@pytest.mark.parametrize("room", [100, 1000, 0.5, 0.99])
+def test_the_previous_checkpoint_survives_a_full_disk(room, base, tmp_path, capsys, monkeypatch):
+    """A limit on the size of files fails as a full disk does; torch raises other errors early than late in a file."""
+    resource, path = pytest.importorskip("resource"), tmp_path / "ckpt.pt"
 
-    def disk_full(checkpoint, f):
-        f.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
+    def save_with_little_room(path, checkpoint):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if checkpoint["step"] == 4:
+            limit = room if room > 1 else int(room * path.stat().st_size)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            save_checkpoint(path, checkpoint)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(torch, "save", disk_full)
-        save_checkpoint(path, {"weights": torch.zeros(9)})
-    assert torch.equal(torch.load(path)["weights"], torch.arange(5.0))
-    save_checkpoint(path, {"weights": torch.zeros(9)})
-    assert torch.equal(torch.load(path)["weights"], torch.zeros(9)) and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(train, "save_checkpoint", save_with_little_room)
+    code, line, _ = refusal([*base, *f"--steps 6 --save-every 2 --out {tmp_path}".split()], capsys)
+    assert code == 1 and line.endswith(f"{path}: step 4 could not be saved ([Errno 27] File too large); what was saved "
+                                       "before is whole")
+    assert load_checkpoint(tmp_path)["step"] == 2 and not (tmp_path / "ckpt.tmp").exists()
+    monkeypatch.undo()
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert load_checkpoint(tmp_path)["step"] == 6
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_weights(base, tmp_path):
+    """kill -9, by turns while a checkpoint is being written and at random."""
+    flags = [*base, *"--objective fim_meap --steps 100 --warmup 2 --dropout 0.1 --grad-accum 2 --save-every 1".split()]
+    killed, during_the_write = tmp_path / "killed", 0
+
+    def saves():
+        return {path.stat().st_mtime_ns for path in killed.glob("ckpt.pt")}
+
+    for turn in range(3):
+        before = saves()
+        arguments = ["--resume", "--out", killed] if (killed / "ckpt.pt").exists() else [*flags, "--out", killed]
+        run = subprocess.Popen([sys.executable, train.__file__, *map(str, arguments)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+        while not saves() - before:
+            assert run.poll() is None
+        time.sleep(random.random() / 10)
+        while turn % 2 == 0 and not (killed / "ckpt.tmp").exists() and run.poll() is None:
+            pass
+        run.kill()
+        run.wait()
+        during_the_write += (killed / "ckpt.tmp").exists()
+        metrics(killed)
+    assert during_the_write and load_checkpoint(killed)["step"] < 100
+    train.main(["--resume", "--out", str(killed), "--save-every", "1000"])
+    train.main([*flags, "--save-every", "1000", "--out", str(tmp_path / "whole")])
+    first, second = load_checkpoint(tmp_path / "whole"), load_checkpoint(killed)
+    assert_same(first["model"], second["model"])
+    assert_same(first["optimizers"], second["optimizers"])
+    steps = [line["step"] for line in metrics(killed)]
+    assert steps == sorted(set(steps)) and steps[-1] == 100
+
+
+def test_a_second_run_on_one_folder_is_refused(base, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    flags = [*base, "--steps", "2", "--out", str(tmp_path)]
+    with train.lock(tmp_path):
+        code, line, _ = refusal(flags, capsys)
+        assert code == 1 and f"--out {tmp_path}: another run is at work in this folder" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    train.main(flags)
 
 
 @pytest.mark.parametrize("save_every, saved", [(2, True), (3, False), (100, False)])
@@ -257,6 +371,18 @@ def test_a_diverged_run_ends_and_keeps_the_last_good_state(save_every, saved, ba
         ids = torch.tensor([tok.encode("import os\nimport sys\n")])
         assert model(ids, ids)[1].isfinite(), f"the checkpoint of step {checkpoint['step']} is broken"
     assert (tmp_path / "ckpt.pt").exists() == ("ckpt.pt keeps" in line) == saved
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+                                   RuntimeError("MPS backend out of memory"), "--n-embd 100000000 --n-head 1"])
+def test_out_of_memory_says_which_flags_to_lower(error, base, tmp_path, capsys, monkeypatch):
+    flags = [*base, "--out", str(tmp_path)]
+    if isinstance(error, str):  # 100 PB: refused at once
+        flags += error.split()
+    else:
+        monkeypatch.setattr(GPT, "forward", lambda *_: (_ for _ in ()).throw(error))
+    code, line, _ = refusal(flags, capsys)
+    assert code == 1 and line.endswith("out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n")
 
 
 def test_a_held_out_text_shorter_than_a_window_is_no_mistake(tmp_path, base, documents):
@@ -280,6 +406,7 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--block-size 1000000", 2, "--block-size 1000000"), ("--vocab-size 200", 2, "--vocab-size 200"),
     ("--fim-rate 1.5", 2, "--fim-rate 1.5: expected 0 to 1"), ("--mask-ratio -1", 2, "--mask-ratio -1.0: expected 0"),
     ("--data /no/such/text", 1, "--data /no/such/text"), ("--device cuda:99", 2, "--device cuda:99"),
+    ("--out a\udc80", 2, "'a\\udc80': not UTF-8 text"), ("--batch-size -4", 2, "--batch-size -4: expected 1"),
     ("--learning-rate 1", 2, "--learning-rate"), ("--step 5", 2, "--step"), ("--steps many", 2, "many"),
     ("--init-from {run} --block-size 73", 2, "--block-size 73: {run} has 72"),
     ("--init-from {run} --tokenizer bytes", 2, "--tokenizer bytes: {run} has bpe"),
@@ -292,9 +419,12 @@ def test_a_small_context_trains_to_the_end(block_size, base, tmp_path):
     ("--objective meap_sft --data functions --mask-region all", 2, "--mask-region all: expected one of copy, answer"),
     ("--resume", 2, "--out DIR"), ("--resume --out {run} --lr 0.5", 2, "--lr 0.02 to 0.5"),
     ("--resume --out {run} --objective meap", 2, "--objective ntp to meap"), ("--resume --out {run}", 2, "all its 1"),
+    ("--grad-accum 3", 2, "--grad-accum 3: expected a multiple of 2, the number of processes"),
     ("--resume --out {empty}", 1, "ckpt.pt: no such checkpoint"), ("--out {run}", 2, "already holds a run")])
-def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys):
+def test_a_mistake_is_one_line(arguments, code, message, base, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
+    if "--grad-accum" in arguments:
+        monkeypatch.setenv("WORLD_SIZE", "2")
     if "{run}" in arguments:
         train.main([*base, "--steps", "1", "--lr", "0.02", "--out", str(run)])
     flags = [] if "--resume" in arguments else [*base, "--out", str(tmp_path / "new")]
