@@ -429,13 +429,19 @@ def table(results):
 def pool(results, objectives):
     """results, and {checkpoint: its objective} -> a column for each objective, {objective (runs): {task: figures}}: each
     figure the mean of its runs', with the standard error over the runs, such as seeds. What is no figure is left out."""
-    groups = defaultdict(list)
+    groups, pooled = defaultdict(list), {}
     for name, tasks in results.items():
         groups[objectives[name]].append(tasks)
-    return {f"{objective} ({len(runs)})": {
-        task: {name: figure([run[task][name]["mean"] for run in runs if run[task][name]["mean"] is not None], unit=f["unit"])
-               for name, f in runs[0][task].items() if isinstance(f, dict) and "mean" in f}
-        for task in runs[0]} for objective, runs in groups.items()}
+    for objective, runs in groups.items():
+        column = pooled[f"{objective} ({len(runs)})"] = {}
+        for task in runs[0]:
+            means, units = defaultdict(list), {}
+            for name, f in (item for run in runs for item in run[task].items()):
+                if isinstance(f, dict) and "mean" in f:
+                    units[name] = f["unit"]
+                    means[name] += [f["mean"]] if f["mean"] is not None else []
+            column[task] = {name: figure(means[name], unit=unit) for name, unit in units.items()}
+    return pooled
 
 
 def read_arguments(arguments):
