@@ -64,7 +64,7 @@ class GPT(nn.Module):
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
         if config.ngrams:
-            self.transformer["ngrams"] = nn.Embedding(config.ngrams, config.n_embd)
+            self.transformer["ngrams"] = nn.Embedding(config.ngrams, config.n_embd, sparse=True)  # few rows a step
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         else:

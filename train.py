@@ -291,7 +291,7 @@ def update(forward, micro_batches, optimizers, step, config, autocast, rank=0, w
             (loss * share).backward()
         total = total + loss.detach() * share
     if config.clip:
-        torch.nn.utils.clip_grad_norm_(forward.parameters(), config.clip)
+        torch.nn.utils.clip_grad_norm_([p for p in forward.parameters() if not p.grad.is_sparse], config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -365,18 +365,19 @@ def learning_rate(step, config):
 
 
 def make_optimizers(model, config):
-    """[AdamW] or [AdamW, Muon]. Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix in the blocks; its
-    update is scaled to AdamW's usual size (Liu et al., 2025), so that one learning rate serves both."""
-    hidden, matrices, vectors = [], [], []
+    """[AdamW], then Muon for the blocks' matrices and SparseAdam for the rows of n-grams that a step met, if there are any.
+    Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; its update is scaled to AdamW's usual size (Liu
+    et al., 2025), so that one learning rate serves all."""
+    hidden, matrices, vectors, table = [], [], [], []
     for name, p in model.named_parameters():
         in_block = name.startswith("transformer.h.") and config.optimizer == "muon"
-        (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
+        (vectors if p.dim() < 2 else hidden if in_block else table if ".ngrams." in name else matrices).append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     betas = config.beta1, config.beta2
     adamw = torch.optim.AdamW(groups, config.lr, betas, weight_decay=config.weight_decay, fused=True)
-    if not hidden:
-        return [adamw]
-    return [adamw, torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")]
+    muon = [torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")] if hidden else []
+    # no momentum for the table: most of its rows are met once in a hundred steps, and must move at once
+    return [adamw, *muon] + ([torch.optim.SparseAdam(table, config.lr, (0.0, 0.99))] if table else [])
 
 
 def has_bf16(device):

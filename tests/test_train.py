@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 import train
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ngram_rows
 from objectives import OBJECTIVES
 from sample import load_checkpoint, load_model
 from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint, text_rows
@@ -150,6 +151,16 @@ def test_the_gradient_of_a_step_is_clipped(clip, base, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_optimizers", make_watched_optimizers)
     train.main([*base, *f"--steps 2 --clip {clip} --out {tmp_path}".split()])
     assert norms == pytest.approx([clip] * 2, rel=1e-3) if clip else min(norms) > 0.1
+
+
+def test_only_the_n_grams_that_a_step_met_move():
+    model = small_model(60, ngrams=500)
+    optimizers = make_optimizers(model, Config(lr=0.01))
+    before = model.transformer.ngrams.weight.detach().clone()
+    idx = torch.randint(60, (2, 8))
+    train.update(model, [(idx, idx)], optimizers, 50, Config(), nullcontext())
+    moved = (model.transformer.ngrams.weight != before).any(1).nonzero()[:, 0].tolist()
+    assert set(moved) == set(ngram_rows(idx, 500).flatten().tolist())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
