@@ -1,7 +1,7 @@
 """Train a GPT under one of the objectives.
 
     python train.py --objective fim_spm                  a toy on the standard library's source: 5 minutes on 2 CPU cores
-    python train.py --objective fim --preset laptop      larger and longer: 30 minutes
+    python train.py --objective fim --preset laptop      larger and longer: 15 minutes
     python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
     python train.py --out out/fim_spm --resume           goes on where a run stopped
     python train.py --objective sft --init-from out/ntp  fine-tunes a finished model, here on prompts and answers
