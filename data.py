@@ -295,6 +295,26 @@ def _jsonl_documents(path, lines):
         yield text
 
 
+def read_records(path, flag):
+    """Yields (place, record) of a .jsonl or a .json that is one list, either perhaps .gz; place: "line 3" or "record 3".
+
+    Raises ValueError that names flag, path and place where it is damaged."""
+    path, unit, number = Path(path), "line", 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                unit, records = "record", json.load(f)
+            else:
+                records = (json.loads(line) if line.strip() else None for line in f)
+            for number, record in enumerate(records, 1):
+                if record is not None:
+                    yield f"{unit} {number}", record
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{flag} {path}: {unit} {number + 1} is not JSON ({error})") from None
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{flag} {path}: cannot be read after {unit} {number} ({error})") from None
+
+
 def _prose(path, source):
     """The English in a Python file: its docstrings, or the topics of pydoc."""
     try:
@@ -460,6 +480,14 @@ def single_line_holes(stream, tok, n, seed, n_prefix=120, n_suffix=80, n_middle=
 def split_lines(text):
     """Lines with their line ends. (str.splitlines would cut at form feeds and other signs, too.)"""
     return [line for line in re.split(r"(?<=\n)", text) if line]
+
+
+def text_rows(stream, tok, T, n):
+    """Up to n rows of plain left-to-right text, (inputs, targets) of T ids each: evenly spaced windows, the same for every
+    model of that context."""
+    n = min((len(stream) - 1) // T, max(1, n))
+    windows = (stream[start:start + T + 1] for start in np.linspace(0, len(stream) - 1 - T, max(0, n)).astype(int))
+    return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)
 
 
 class Batches:

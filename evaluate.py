@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import PASSAGE, SEGMENTS, heatmap, masked_change, shares
-from data import prepare, single_line_holes, split_lines
+from data import prepare, single_line_holes, split_lines, text_rows
 from figures import draw, pyplot
 from objectives import IGNORE, ORDERS, answer_prompt, check_choice, check_range, fim_prompt
 from pairs import prepare_pairs
@@ -133,12 +133,10 @@ def bpb(model, tok, stream, n_windows=800):
     """Bits per byte of held-out left-to-right text: compares objectives and vocabularies (FIM, section 2.1; claim 1).
 
     Evenly spaced windows of block_size tokens, as in train.bits_per_byte; <EOT>, which is no text, is left out."""
-    T = model.config.block_size
-    n = min(n_windows, (len(stream) - 1) // T)
-    windows = [stream[start:start + T + 1].tolist() for start in np.linspace(0, len(stream) - 1 - T, n).astype(int)]
-    scores = score(model, [(ids[:1], ids[1:]) for ids in windows], desc="bpb")
-    return {"left to right": figure([bits(s.log_p[tok.n_bytes[ids[1:]] > 0]) for s, ids in zip(scores, windows)],
-                                    [n_bytes(tok, ids[1:]) for ids in windows], "bits/byte")}
+    rows = list(text_rows(stream, tok, model.config.block_size, n_windows))
+    scores = score(model, [(inputs[:1].tolist(), targets.tolist()) for inputs, targets in rows], desc="bpb")
+    return {"left to right": figure([bits(s.log_p[tok.n_bytes[targets] > 0]) for s, (_, targets) in zip(scores, rows)],
+                                    [n_bytes(tok, targets) for _, targets in rows], "bits/byte")}
 
 
 def middle_bpb(model, tok, stream, orders=ORDERS, spm_layout="swapped", limit=200, seed=1):

@@ -8,13 +8,12 @@ transposed (in, out). A .safetensors is a header's length (8 bytes, little-endia
 offsets) and the numbers, one tensor behind the other.
 """
 import json
-import pickle
 from pathlib import Path
 
 import torch
 
 from data import Tokenizer
-from sample import Parser, load_model, one_line_errors
+from sample import Parser, load_model, load_tensors, one_line_errors
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files hold
@@ -34,14 +33,14 @@ def load_gpt2(path):
             raise OSError(f"--init-from {path}: expected ckpt.pt, model.safetensors or pytorch_model.bin in it")
         path = found[0]
     try:
-        weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        weights = (read_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
         weights = {name.removeprefix("transformer."): w.float() for name, w in weights.items() if not name.endswith(BUFFERS)}
         weights.pop("lm_head.weight", None)  # GPT-2 shares it with the embedding
         block_size, n_embd = weights["wpe.weight"].shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
     except FileNotFoundError:
         raise OSError(f"--init-from {path}: no such file; expected a run's folder, or GPT-2's weights") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, AttributeError, ValueError, KeyError, TypeError) as error:
         raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({type(error).__name__}: {error})") from None
     beside, n_head = path.parent / "config.json", max(1, n_embd // 64)
     if beside.is_file():

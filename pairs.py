@@ -8,17 +8,13 @@
             prompt <MID> answer <EOT> prompt <MID> answer <EOT> <EOT> <EOT>          no example is cut in two
 """
 import ast
-import gzip
-import json
 import textwrap
-import zlib
 from collections import defaultdict
 from functools import lru_cache
 
 import numpy as np
-from tqdm import tqdm
 
-from data import Batches, is_held_out, iter_documents, make_tokenizer, source_files, split_lines
+from data import Batches, is_held_out, iter_documents, make_tokenizer, read_records, source_files, split_lines
 from objectives import example_length, fit_pair
 
 
@@ -67,26 +63,15 @@ def read_pairs(path):
         {"conversations": [{"from", "value"}, ...]}                   ShareGPT: a pair for each answer; what was said
                                                                       before, with blank lines between, is its prompt
     Raises ValueError with the number of the line (in a .json, of the record)."""
-    name, number, unit = path.name.removesuffix(".gz"), 0, "line"
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            if name.endswith(".json"):
-                unit, records = "record", json.load(f)
-            elif name.endswith(".jsonl"):
-                records = (json.loads(line) if line.strip() else None for line in f)
-            else:
-                raise ValueError(f"--data {path}: is no .jsonl or .json of pairs, which fine-tuning needs (or functions)")
-            for number, record in enumerate(records, 1):
-                for prompt, answer in pairs_of(record) if record is not None else ():
-                    if answer.strip():
-                        yield prompt, answer
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--data {path}: {unit} {number + 1} is not JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"--data {path}: {unit} {number} is no pair: expected texts as prompt and answer, instruction and "
-                         "output, or conversations of from and value") from None
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"--data {path}: cannot be read after {unit} {number} ({error})") from None
+    if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+        raise ValueError(f"--data {path}: is no .jsonl or .json of pairs, which fine-tuning needs (or functions)")
+    for place, record in read_records(path, "--data"):
+        try:
+            pairs = pairs_of(record)
+            yield from (pair for pair in pairs if pair[1].strip())
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"--data {path}: {place} is no pair: expected texts as prompt and answer, instruction and "
+                             "output, or conversations of from and value") from None
 
 
 def pairs_of(record):

@@ -10,11 +10,8 @@ Everything is drawn from a seed, so that each checkpoint of one tokenizer gets t
 ValueError with the line number where a file is damaged, OSError where there is none.
 """
 import ast
-import gzip
-import json
 import os
 import sysconfig
-import zlib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -25,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sandbox
-from data import EVALUATION_MODULES, split_lines
+from data import EVALUATION_MODULES, read_records, split_lines
 from objectives import split_middle
 
 
@@ -109,24 +106,13 @@ def that_need_filling(problems):
     return [name for name, passed in outcome.passed.items() if not passed]
 
 
-def read_jsonl(path, flag, **types):
-    """Yields (line number, record) of a .jsonl or .jsonl.gz whose records have the fields that types names."""
-    number = 0
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    record = json.loads(line)
-                    for name, kind in types.items():
-                        if not isinstance(record, dict) or not isinstance(record.get(name), kind):
-                            raise TypeError(f'no field "{name}" of type {kind.__name__}')
-                    yield number, record
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path}: line {number} is not JSON ({error})") from None
-    except TypeError as error:
-        raise ValueError(f"{flag} {path}: line {number} has {error}") from None
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{flag} {path}: cannot be read after line {number} ({error})") from None
+def read_fields(path, flag, **types):
+    """Yields (place, record) of data.read_records, whose records have the fields that types names."""
+    for place, record in read_records(path, flag):
+        for name, kind in types.items():
+            if not isinstance(record, dict) or not isinstance(record.get(name), kind):
+                raise ValueError(f'{flag} {path}: {place} has no field "{name}" of type {kind.__name__}')
+        yield place, record
 
 
 def read_problems(path):
@@ -134,7 +120,7 @@ def read_problems(path):
     fields = ("task_id", "prompt", "suffix", "canonical_solution", "test", "entry_point")
     return [Problem(r["task_id"], r["prompt"] + r["canonical_solution"] + r["suffix"], len(r["prompt"]),
                     len(r["prompt"] + r["canonical_solution"]), f"\n\n{r['test']}\ncheck({r['entry_point']})\n")
-            for _, r in read_jsonl(path, "--problems", **dict.fromkeys(fields, str))]
+            for _, r in read_fields(path, "--problems", **dict.fromkeys(fields, str))]
 
 
 def cut_texts(stream, tok, n, n_tokens, seed):
@@ -232,11 +218,11 @@ def multineedle_prompts(block_size, tok, stream, limit, seed):
 def read_documents(path):
     """A file of Lost in the Middle: list of (question, answers, texts, position of the gold one from 1, or 0)."""
     found = []
-    for number, r in read_jsonl(path, "--documents", question=str, answers=list, ctxs=list):
+    for place, r in read_fields(path, "--documents", question=str, answers=list, ctxs=list):
         if not r["answers"] or not all(isinstance(answer, str) for answer in r["answers"]):
-            raise ValueError(f'--documents {path}: line {number}: expected "answers" to be texts')
+            raise ValueError(f'--documents {path}: {place}: expected "answers" to be texts')
         if not all(isinstance(ctx, dict) and isinstance(ctx.get("text"), str) for ctx in r["ctxs"]):
-            raise ValueError(f'--documents {path}: line {number}: expected each of "ctxs" to have a "text"')
+            raise ValueError(f'--documents {path}: {place}: expected each of "ctxs" to have a "text"')
         gold = [i for i, ctx in enumerate(r["ctxs"], 1) if ctx.get("isgold")]
         texts = [f"Document [{i}](Title: {ctx.get('title', '')}) {ctx['text']}" for i, ctx in enumerate(r["ctxs"], 1)]
         found.append((r["question"], r["answers"], texts, gold[0] if gold else 0))
@@ -271,10 +257,10 @@ def docstring_questions(stream, tok, limit, seed):
 def read_questions(path):
     """A .jsonl with context, choices and label (the number of the right choice, from 0): list of the three."""
     found = []
-    for number, r in read_jsonl(path, "--questions", context=str, choices=list, label=int):
+    for place, r in read_fields(path, "--questions", context=str, choices=list, label=int):
         if not all(isinstance(choice, str) and choice for choice in r["choices"]):
-            raise ValueError(f'--questions {path}: line {number}: expected "choices" to be texts')
+            raise ValueError(f'--questions {path}: {place}: expected "choices" to be texts')
         if not 0 <= r["label"] < len(r["choices"]):
-            raise ValueError(f'--questions {path}: line {number}: expected "label" to be 0 to {len(r["choices"]) - 1}')
+            raise ValueError(f'--questions {path}: {place}: expected "label" to be 0 to {len(r["choices"]) - 1}')
         found.append((r["context"], r["choices"], r["label"]))
     return found

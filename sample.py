@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data import Tokenizer, split_lines
 from model import GPT, GPTConfig, KVCache
-from objectives import ORDERS, answer_prompt, check_choice, check_range, fim_prompt
+from objectives import ORDERS, answer_prompt, check_range, fim_prompt
 
 FILL = "<FILL>"
 ENDINGS = {"eot": "the model stopped", "suffix": "cut where it began to repeat the suffix",
@@ -208,19 +208,24 @@ def load_checkpoint(path, device="cpu"):
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
         raise OSError(f"{file}: no such checkpoint; `python train.py` makes one")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch comments on a foreign pickle before it refuses it
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a damaged or foreign file can fail the unpickler in any way
-        raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
+    checkpoint = load_tensors(file, device)
     missing = [key for key in ("model", "optimizers", "model_config", "tokenizer", "config", "objective", "step")
                if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise OSError(f"{file}: not a nanogap checkpoint, it lacks {', '.join(missing)}")
     return checkpoint
+
+
+def load_tensors(file, device="cpu"):
+    """What torch.save wrote, if it is tensors and plain values. Raises OSError where it is anything else, or damaged."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on a foreign pickle before it refuses it
+            return torch.load(file, map_location=device, weights_only=True)
+    except (OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged or foreign file can fail the unpickler in any way
+        raise OSError(f"{file}: not a whole checkpoint of tensors and plain values ({type(error).__name__})") from None
 
 
 def load_model(path, device="cpu"):
@@ -270,11 +275,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_args(self, arguments=None):
+    def parse_known_args(self, arguments=None, namespace=None):  # parse_args calls it
         for argument in sys.argv[1:] if arguments is None else arguments:
-            if re.search("[\ud800-\udfff]", argument):
-                raise ValueError(f"{argument!r}: not UTF-8 text (it has a lone surrogate)")
-        return super().parse_args(arguments)
+            check_utf8(argument)
+        return super().parse_known_args(arguments, namespace)
 
     def error(self, message):
         raise ValueError(f"{message} (see {self.prog} --help)")
@@ -395,7 +399,8 @@ def interact(model, tok, prefix, suffix, settings):
             typed = input("> ")
         except EOFError:
             return print()
-        prefix += as_text("interactive", typed) if typed else taken
+        check_utf8(typed)
+        prefix += line_ends(typed) or taken
         best, = infill(model, tok, prefix, suffix, cache=cache, **settings)
         taken = best.text
         print("" if settings["stream"] else prefix + paint(taken) + suffix)
@@ -403,10 +408,13 @@ def interact(model, tok, prefix, suffix, settings):
               f"{len(cache.ids)} tokens reused)", file=sys.stderr)
 
 
-def as_text(name, text):
-    """What was typed for --name, with \\n and \\t as line end and tab. Raises ValueError where it is no text."""
+def check_utf8(text):
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"--{name} {text!r}: not UTF-8 text (it has a lone surrogate)")
+        raise ValueError(f"{text!r}: not UTF-8 text (it has a lone surrogate)")
+
+
+def line_ends(text):
+    """What was typed, with \\n and \\t as line end and tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -418,7 +426,7 @@ def read_hole(args):
     for name in ("prompt", "instruct", "prefix", "suffix"):
         text = getattr(args, name)
         if text is not None:
-            setattr(args, name, as_text(name, text))
+            setattr(args, name, line_ends(text))
     if args.file is None:
         return args.prefix or "", args.suffix or ""
     try:

@@ -33,7 +33,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from data import Batches, Tokenizer, prepare, single_line_holes, split_lines
+from data import Batches, Tokenizer, prepare, single_line_holes, split_lines, text_rows
 from gpt2 import load_gpt2
 from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, Objective, check_choice, check_range
@@ -279,12 +279,13 @@ def update(forward, micro_batches, optimizers, step, config, autocast, rank=0, w
 
     The loss of a step is the mean over all its targets; in fine-tuning, batches have more or fewer of them."""
     n = len(micro_batches)
-    n_targets = mean(sum((targets != IGNORE).sum() for _, targets in micro_batches), world)
+    counts = [(targets != IGNORE).sum() for _, targets in micro_batches]
+    n_targets = mean(sum(counts), world)
     total = 0.0
     for i, (inputs, targets) in enumerate(micro_batches):
         # dropout, too, depends on the seed and the number of the batch alone
         torch.manual_seed(config.seed * 2**32 + (step * n + i) * world + rank)
-        share = (targets != IGNORE).sum() / n_targets
+        share = counts[i] / n_targets
         with forward.no_sync() if world > 1 and i < n - 1 else nullcontext():
             with autocast:
                 loss = forward(inputs, targets)[1]  # nobody holds on to the logits
@@ -411,13 +412,6 @@ def bits_per_byte(model, rows, tok, autocast=nullcontext()):
     return nats.item() / math.log(2) / total if total else None
 
 
-def text_rows(held_out, tok, T, n):
-    """Up to n rows of plain left-to-right text: evenly spaced windows, the same for every model of that context."""
-    n = min((len(held_out) - 1) // T, max(1, n))
-    windows = (held_out[start:start + T + 1] for start in np.linspace(0, len(held_out) - 1 - T, max(0, n)).astype(int))
-    return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)
-
-
 def answer_rows(held_out, tok, T, n):
     """Up to n rows of prompts and answers, without a copy: targets are the answers."""
     batches = PairBatches(held_out, OBJECTIVES["sft"], tok, T, 1, seed=0)
@@ -444,7 +438,7 @@ def show_answer(model, tok, prompt, answer):
     idx = torch.tensor([instruct_prompt(model, tok, prompt, most)], device=next(model.parameters()).device)
     ids, _ = collect(generate(model, idx, most, temperature=0, stop=tok.eot, allowed=tok.eot + 1), tok)[0]
     model.train()
-    ended = "the model stopped" if ids[-1] == tok.eot else ENDINGS["length"]
+    ended = ENDINGS["eot" if ids[-1] == tok.eot else "length"]
     return (f"{tok.decode(prompt[-most:])}⟦{tok.decode(ids)}⟧"
             f"    (between ⟦ and ⟧: the model; {ended}; true: {tok.decode(answer[:most])!r})")
 
@@ -454,14 +448,16 @@ def describe(config, model, tok, batches, held_out, objective, device, bf16, fir
     tokens = config.steps * config.batch_size * config.grad_accum * config.block_size
     fim = (f"FIM on {objective.fim_rate:.0%} of windows, {objective.spm_rate:.0%} of them SPM ({objective.spm_layout}), "
            f"cut by {objective.span}" if objective.fim_rate else "")
-    meap = f"{objective.mask_ratio:.0%} of the {'copy' if objective.answers else 'inputs'} masked" if objective.mask_ratio else ""
+    masked = "copy" if objective.answers else "inputs"
+    meap = f"{objective.mask_ratio:.0%} of the {masked} masked" if objective.mask_ratio else ""
     print(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "
           f"{model.n_params() / 1e6:.2f} M parameters ({model.n_params(embedding=False) / 1e6:.2f} M without embeddings)\n"
           f"data       {config.data}: {batches.describe()}, {len(held_out):,} held out, "
           f"{config.tokenizer} vocabulary of {tok.n_vocab:,}\n"
           f"objective  {', '.join(filter(None, (config.objective, fim, meap)))}\n"
           f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x {config.block_size} tokens = "
-          f"{tokens / 1e6:.1f} M, {tokens / config.block_size / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}\n"
+          f"{tokens / 1e6:.1f} M, {tokens / config.block_size / batches.n_windows:.1f} epochs, {config.optimizer}, "
+          f"learning rate {config.lr}\n"
           f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
           + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {dist.get_world_size()} processes" if dist.is_initialized() else "")
@@ -562,9 +558,8 @@ def read_arguments(arguments):
         raise ValueError("--data functions: prompts and answers, which only --objective sft and meap_sft train on")
     check_choice("--preset", given.get("preset", "toy"), PRESETS)
     checkpoint = load_start(given) if given.get("init_from") else None
-    shape = checkpoint["model_config"] if checkpoint else {}
-    config = Config(**PRESETS[given.get("preset", "toy")] | {f.name: shape[f.name] for f in fields(Config) if f.name in shape}
-                    | given)
+    brought = checkpoint["settings"] if checkpoint else {}
+    config = Config(**PRESETS[given.get("preset", "toy")] | brought | given)
     config.make_objective()
     if not config.out:
         number = 1
@@ -577,16 +572,16 @@ def read_arguments(arguments):
 
 
 def load_start(given):
-    """The weights, shape and vocabulary that --init-from names, a dict; raises ValueError where other flags contradict."""
+    """What --init-from names: {"model": weights, "tokenizer", "settings": of Config, that the run takes over from it}.
+
+    Raises ValueError where a flag contradicts one of the settings; a smaller context does not."""
     path = Path(given["init_from"])
-    if path.name == "ckpt.pt" or (path / "ckpt.pt").is_file():
-        start = load_checkpoint(path)
-    else:
-        start = load_gpt2(path)
-    shape = start["model_config"] = {name: value for name, value in start["model_config"].items()
-                                     if name not in ("attention", "dropout")}
-    start["model_config"]["tokenizer"] = start.get("config", {}).get("tokenizer", "gpt2")
-    for name, value in shape.items():
+    ours = path.name == "ckpt.pt" or (path / "ckpt.pt").is_file()
+    start = load_checkpoint(path) if ours else load_gpt2(path)
+    shape = {f.name: start["model_config"][f.name] for f in fields(Config)
+             if f.name in start["model_config"] and f.name not in ("attention", "dropout")}
+    settings = shape | {"tokenizer": start["config"]["tokenizer"] if ours else "gpt2"}
+    for name, value in settings.items():
         if name == "block_size" and given.get(name, value) <= value:
             continue
         if given.get(name, value) != value:
@@ -594,10 +589,10 @@ def load_start(given):
             if isinstance(value, bool):
                 flag = f"{flag_of(name if given[name] else 'no_' + name)}: {path} has it {'on' if value else 'off'}"
             raise ValueError(f"{flag}; leave the flag out, or start without --init-from")
-    if shape["position"] == "learned":
+    if settings["position"] == "learned":
         wpe = start["model"]["transformer.wpe.weight"]
         start["model"]["transformer.wpe.weight"] = wpe[:given.get("block_size", len(wpe))]
-    return {name: start[name] for name in ("model", "model_config", "tokenizer")}
+    return {"model": start["model"], "tokenizer": start["tokenizer"], "settings": settings}
 
 
 def resume(given):
