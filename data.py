@@ -303,14 +303,15 @@ def read_records(path, flag):
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
             if path.name.removesuffix(".gz").endswith(".json"):
-                unit, records = "record", json.load(f)
+                unit = "record"
+                for number, record in enumerate(json.load(f), 1):
+                    yield f"record {number}", record
             else:
-                records = (json.loads(line) if line.strip() else None for line in f)
-            for number, record in enumerate(records, 1):
-                if record is not None:
-                    yield f"{unit} {number}", record
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        yield f"line {number}", json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path}: {unit} {number + 1} is not JSON ({error})") from None
+        raise ValueError(f"{flag} {path}: {unit} {number or 1} is not JSON ({error})") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{flag} {path}: cannot be read after {unit} {number} ({error})") from None
 
