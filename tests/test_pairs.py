@@ -154,6 +154,7 @@ def test_each_form_of_record_gives_its_pairs(ending, tmp_path):
     ("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"prompt": "p"', "line 2 is not JSON"),
     ("a.jsonl", '\n{"prompt": "p"}', "line 2 is no pair"), ("a.jsonl", '{"text": "t"}', "line 1 is no pair"),
     ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
+    ("a.jsonl", "\nnull", "line 2 is no pair"),
     ("a.jsonl", '{"prompt": "p", "answer": null}', "line 1 is no pair"), ("a.json", "{", "is not JSON"),
     ("a.json", '{"prompt": "p", "answer": "a"}', "is no pair"), ("a.txt", "hello", "is no .jsonl or .json"),
     ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs to train on"), ("a.jsonl.gz", "no gzip", "cannot be read")])
