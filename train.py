@@ -237,7 +237,7 @@ def train(config, checkpoint=None):
                 metrics.write(line)
             if done % config.save_every == 0 or last:
                 with torch.no_grad(), autocast:  # this step may have thrown the weights out
-                    stop_if_diverged(mean(forward(*micro_batches[-1])[1], world).item(), done, config)
+                    stop_if_diverged(mean(model(*micro_batches[-1])[1], world).item(), done, config)
             if rank == 0 and (done % config.save_every == 0 or last):
                 save_checkpoint(out / "ckpt.pt", {
                     "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],

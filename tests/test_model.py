@@ -165,7 +165,7 @@ def test_n_grams_are_pairs_and_triples_of_tokens():
     assert counts.std() < 0.1 and counts.min() > 0.5  # a hash that leaves rows empty wastes them
 
 
-@pytest.mark.parametrize("n", [1, 5, CrossEntropy.ROWS["cpu"], 2 * CrossEntropy.ROWS["cpu"] + 3])
+@pytest.mark.parametrize("n", [1, 5, 256, 515])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("scale", [3, 100])
 def test_the_loss_is_torchs_cross_entropy(n, dtype, tolerance, scale):
@@ -185,6 +185,23 @@ def test_a_batch_that_is_all_ignored_costs_nothing():
     loss = CrossEntropy.apply(logits, torch.full((5,), IGNORE))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", [{"attention": "manual"}, {"attention": "fused", "tied": False},
+                                   {"position": "learned", "bias": True, "qk_norm": False, "token_shift": False},
+                                   {"ngrams": 500}])
+@pytest.mark.parametrize("ignored", [slice(0, 24, 3), slice(24)])
+def test_compiled_it_computes_the_same(shape, ignored):
+    """And in one graph: with a break before the loss, torch 2.11 to 2.13 fail as soon as they find it in their cache.
+    (The sparse gradient of n-grams needs a break, at a place that does no harm.)"""
+    torch.compiler.reset()
+    model, targets = small_model(**shape), IDX.roll(1)
+    targets[:, ignored] = IGNORE
+    compiled = torch.compile(model, backend="aot_eager", fullgraph="ngrams" not in shape)
+    (logits, loss), (expected_logits, expected) = compiled(IDX, targets), model(IDX, targets)
+    torch.testing.assert_close((logits, loss), (expected_logits, expected))
+    gradients = [torch.autograd.grad(some, list(model.parameters())) for some in (loss, expected)]
+    torch.testing.assert_close(*([g.to_dense() for g in some] for some in gradients))
 
 
 def test_an_untrained_model_guesses():
