@@ -58,7 +58,7 @@ def received(model, rows):
     for some in torch.from_numpy(np.asarray(rows, np.int64)).split(size):
         mean = weights(model, some.to(device)).float().mean((1, 2))             # (B, T, T)
         found.append(((mean * sees[:, None]).sum(1) / sees.flip(0)).cpu())     # T - j queries see position j
-    return torch.cat(found).double().numpy()
+    return torch.cat(found).numpy().astype(np.float64)
 
 
 def masked_change(plain_model, masked_model, tok, stream, n, seed, mask_ratio=0.15):

@@ -196,7 +196,7 @@ def shift_tokens(x, cache=None):
     place of two."""
     T, quarter = x.shape[1], x.shape[-1] // 4
     moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
-    shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving, (0, 0, 1, -1))
+    shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving[:, :-1], (0, 0, 1, 0))
     return torch.cat((shifted, x[..., quarter:]), dim=-1)
 
 

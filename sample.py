@@ -297,10 +297,14 @@ def one_line_errors(main):
             code, message = 1, ""
         except OSError as error:
             code, message = 1, error
-        except (MemoryError, RuntimeError) as error:  # torch's own, on CPU and MPS, says it in its text alone
-            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+        except (MemoryError, RuntimeError) as error:  # torch's own say what they are in their text alone
+            code, text = 1, str(error)
+            if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+                message = "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
+            elif re.search(r"(working C\+\+ compiler|working triton)", text):
+                message = f"--compile: {text.splitlines()[0]}; install it, or leave --compile out"
+            else:
                 raise
-            code, message = 1, "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
         except KeyboardInterrupt:
             code, message = 130, "interrupted"
         else:

@@ -305,7 +305,10 @@ def join_processes(config):
     """-> (device, rank, world). Alone: rank 0 of 1. Under torchrun, every process runs train() on its share of a step's
     batches; rank 0 alone writes and prints. Raises ValueError where the batches cannot be shared out evenly."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
+    name = config.device
+    if world > 1 and (name.startswith("cuda") or name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # a GPU each
+    device = pick_device(name)
     if world == 1:
         return device, 0, 1
     if config.grad_accum % world:
@@ -314,7 +317,6 @@ def join_processes(config):
     if device.type == "mps":
         raise ValueError("--device mps: torchrun's processes train on cuda, a GPU each, or cpu")
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     # gloo for tensors on the CPU, also beside NCCL: asking for a stop must not wait for the GPU. torchrun ends the
     # processes if one fails, so waiting for a slow one (rank 0 making the cache, saving) may take long.
@@ -399,17 +401,16 @@ def bits_per_byte(model, rows, tok, autocast=nullcontext()):
     model.eval()
     device = next(model.parameters()).device
     n_bytes = torch.from_numpy(tok.n_bytes).to(device)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    rows, total = list(rows), 0
+    rows, nats, total = list(rows), 0.0, 0
     for start in range(0, len(rows), 16):
         inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*rows[start:start + 16]))
         is_text = (targets != IGNORE) & (n_bytes[targets] > 0)
         with autocast:
             _, loss = model(inputs, targets.masked_fill(~is_text, IGNORE))
-        nats += loss.double() * is_text.sum()
+        nats += loss.item() * is_text.sum().item()
         total += n_bytes[targets[is_text]].sum().item()
     model.train(was_training)
-    return nats.item() / math.log(2) / total if total else None
+    return nats / math.log(2) / total if total else None
 
 
 def answer_rows(held_out, tok, T, n):

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -45,6 +48,22 @@ def corpora(documents, tok, stream):
     return {"code": (tok, stream), "code in bytes": (single, as_stream(documents[2:6], single)),
             "languages": (learned, as_stream([LANGUAGES] * 20, learned)),
             "languages in bytes": (single, as_stream([LANGUAGES] * 20, single))}
+
+
+class NoFloat64(TorchDispatchMode):
+    """A CPU that, like Apple's MPS, has no 64-bit floats: an operation that meets one fails."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        found = [part for part in tree_leaves((args, kwargs, result)) if isinstance(part, torch.Tensor)]
+        assert all(part.dtype != torch.float64 for part in found), f"{func} meets a 64-bit float"
+        return result
+
+
+@pytest.fixture
+def no_float64():
+    with NoFloat64():
+        yield
 
 
 def as_stream(texts, tok):

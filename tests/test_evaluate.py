@@ -340,7 +340,7 @@ def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(m
         attention.shares(even, tok, ("", "d " * 80, "", "g"))
 
 
-def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, documents, tmp_path, capsys):
+def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, documents, tmp_path, capsys, no_float64):
     (tmp_path / "text.py").write_text("\n".join(documents[:3]))
     small = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=1, n_head=1, n_embd=16))
     for name in ("ntp", "fim"):

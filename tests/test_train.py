@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -164,7 +165,7 @@ def test_only_the_n_grams_that_a_step_met_move():
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_training_learns(objective, base, tmp_path):
+def test_training_learns(objective, base, tmp_path, no_float64):
     flags = f"--objective {objective} --steps 30 --warmup 5 --lr 0.01 --out {tmp_path}"
     train.main([*base, *flags.split(), *pair_data(objective, tmp_path)])
     lines = metrics(tmp_path)
@@ -394,6 +395,15 @@ def test_out_of_memory_says_which_flags_to_lower(error, base, tmp_path, capsys, 
         monkeypatch.setattr(GPT, "forward", lambda *_: (_ for _ in ()).throw(error))
     code, line, _ = refusal(flags, capsys)
     assert code == 1 and line.endswith("out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n")
+
+
+def test_compile_without_a_compiler_is_one_line(base, tmp_path):
+    bare = {"PATH": "", "CXX": "nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, train.__file__, *base, "--compile", "--out", tmp_path / "run"],
+                         capture_output=True, text=True, timeout=300, env=os.environ | bare)
+    line = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert line.startswith("train.py: --compile: ") and line.endswith("install it, or leave --compile out")
 
 
 def test_a_held_out_text_shorter_than_a_window_is_no_mistake(tmp_path, base, documents):
