@@ -40,7 +40,7 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_siz
 NANOGPT = SHAPE | {"max_iters": 6000, "warmup_iters": 100, "min_lr": 1e-4, "beta2": 0.99, "dropout": 0.0,
                    "compile": False, "dtype": "float32", "gradient_accumulation_steps": 1, "eval_iters": 1,
                    "log_interval": 1}
-RACES = {1e-3: {"ngrams": 65536, "steps": 640}, 3e-3: {"ngrams": 65536, "steps": 1050}}
+RACES = {1e-3: {"ngrams": 131072, "steps": 450}, 3e-3: {"ngrams": 131072, "steps": 780}}
 
 
 @dataclass

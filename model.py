@@ -30,7 +30,7 @@ class GPTConfig:
     position: str = "rope"       # or learned
     qk_norm: bool = True
     token_shift: bool = True     # attention reads a quarter of its input from the token before: see shift_tokens
-    ngrams: int = 0              # rows of a table of pairs and triples of tokens: see ngram_rows
+    ngrams: int = 0              # rows of a table of runs of 2 to 5 tokens: see ngram_rows
     tied: bool = True            # the output layer shares the token embedding's weights
     gelu: str = "none"           # exact, or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
@@ -201,15 +201,15 @@ def shift_tokens(x, cache=None):
 
 
 def ngram_rows(idx, n_rows, cache=None):
-    """idx (B, T) -> (B, T, 2): the rows, of n_rows, that belong to the last two and to the last three tokens, by a hash.
+    """idx (B, T) -> (B, T, 4): the rows, of n_rows, that belong to the last 2, 3, 4 and 5 tokens, by a hash.
 
-    A model that can look up what a pair or a triple means need not work it out: n-grams cost memory, and no products.
-    Those that fall on one row share it."""
+    A model that can look up what a run of tokens means need not work it out: n-grams cost memory, and no products (Pagnoni
+    et al., 2024, section 3.2.1, on bytes). Those that fall on one row share it."""
     T = idx.shape[1]
     seen = cache.store("idx", idx[..., None])[..., 0] if cache else idx         # (B, S), S >= T
-    seen = F.pad(seen, (2, 0))                                                  # id 0 comes before the first
+    seen = F.pad(seen, (4, 0))                                                  # id 0 comes before the first
     ngram, rows = idx, []
-    for back in (1, 2):
+    for back in range(1, 5):
         ngram = ngram * 1_000_003 + seen[:, -T - back:-back] + 1                # as a number, modulo 2^64
         rows.append((ngram * 2_654_435_761 >> 15) % n_rows)
     return torch.stack(rows, dim=-1)

@@ -77,7 +77,7 @@ class Config:
     position: str = setting("rope", "rotary or learned positions", ("rope", "learned"))
     qk_norm: bool = setting(True, "normalise queries and keys")
     token_shift: bool = setting(True, "attention reads part of its input from the token before")
-    ngrams: int = setting(0, "rows of a table of pairs and triples of tokens, added to the embedding", low=0)
+    ngrams: int = setting(0, "rows of a table of runs of 2 to 5 tokens, added to the embedding", low=0)
     tied: bool = setting(True, "output layer shares the token embedding")
     bias: bool = setting(False, "biases in linear layers and norms")
     gelu: str = setting("none", "exact GELU, or tanh, GPT-2's approximation", ("none", "tanh"))
