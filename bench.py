@@ -61,9 +61,12 @@ class Variant:
         self.forward = torch.compile(self.model) if self.config.compile else self.model
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bf16")
 
+    def load(self, step):
+        return train.send(train.load(self.batches, step, self.config, self.device), self.device)
+
     def turn(self):
         started = time.perf_counter()
-        micro_batches = train.load(self.batches, self.step, self.config, self.device)
+        micro_batches = self.load(self.step)
         synchronize(self.device)
         self.batch_seconds.append(time.perf_counter() - started)
         if self.device.type == "cuda":
@@ -91,7 +94,7 @@ class Variant:
 
         if self.device.type != "cuda":
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda part: part), self.autocast:
-                loss = self.forward(*train.load(self.batches, 0, self.config, self.device)[0])[1]
+                loss = self.forward(*self.load(0)[0])[1]
             del loss  # until here, no two of its storages could have the same address
             self.peak = sum(weights.values()) + sum(n for pointer, n in kept.items() if pointer not in weights)
         return sum(weights.values()) + sum(held) + self.peak

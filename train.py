@@ -207,7 +207,7 @@ def train(config, checkpoint=None):
         waiting = prefetch.submit(load, batches, first, config, device)
         logged, started = first, time.perf_counter()
         for step in range(first, config.steps):
-            micro_batches = waiting.result()
+            micro_batches = send(waiting.result(), device)
             waiting = prefetch.submit(load, batches, step + 1, config, device)
             total = update(forward, micro_batches, optimizers, step, config, autocast, rank, world)
             done = step + 1
@@ -265,13 +265,15 @@ def make_model(config, n_vocab, device):
 
 
 def load(batches, step, config, device):
-    """This process's micro-batches of a step, as tensors on the device."""
+    """This process's micro-batches of a step, as tensors that send can move to the device without waiting."""
     n = config.grad_accum // batches.world
-    pairs = [batches.batch(step * n + i) for i in range(n)]
-    tensors = [[torch.from_numpy(ids) for ids in pair] for pair in pairs]
-    if device.type != "cuda":
-        return [[ids.to(device) for ids in pair] for pair in tensors]
-    return [[ids.pin_memory().to(device, non_blocking=True) for ids in pair] for pair in tensors]
+    pairs = [[torch.from_numpy(ids) for ids in batches.batch(step * n + i)] for i in range(n)]
+    return [[ids.pin_memory() for ids in pair] for pair in pairs] if device.type == "cuda" else pairs
+
+
+def send(micro_batches, device):
+    """The same on the device. Not in load's thread: two threads at work on MPS crash it (pytorch/pytorch issue 197805)."""
+    return [[ids.to(device, non_blocking=device.type == "cuda") for ids in pair] for pair in micro_batches]
 
 
 def update(forward, micro_batches, optimizers, step, config, autocast, rank=0, world=1):

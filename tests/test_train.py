@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import train
+from data import Batches
 from model import GPT, GPTConfig, ngram_rows
 from objectives import OBJECTIVES
 from sample import load_checkpoint, load_model
@@ -162,6 +163,14 @@ def test_only_the_n_grams_that_a_step_met_move():
     train.update(model, [(idx, idx)], optimizers, 50, Config(), nullcontext())
     moved = (model.transformer.ngrams.weight != before).any(1).nonzero()[:, 0].tolist()
     assert set(moved) == set(ngram_rows(idx, 500).flatten().tolist())
+
+
+def test_batches_are_built_on_the_cpu_and_sent_later(tok, stream):
+    """They are built in a thread, and a second thread at work on MPS crashes it."""
+    batches = Batches(stream, OBJECTIVES["fim"], tok, 16, 2, seed=0)
+    built = train.load(batches, 0, Config(grad_accum=2), torch.device("mps"))
+    for micro_batches, device in (built, "cpu"), (train.send(built, torch.device("meta")), "meta"):
+        assert [ids.device.type for pair in micro_batches for ids in pair] == 4 * [device]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
