@@ -355,13 +355,15 @@ class Bomb:
         return os.mkdir, ("blown",)
 
 
-@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "text", "pickle", "new pickle", "bomb", "torch bomb",
-                                  "list", "other", "newer", "wider", "taller", "other words"])
+@pytest.mark.parametrize("name", ["0", "1", "100", "half", "-1", "flipped bit", "text", "pickle", "new pickle",
+                                  "bomb", "torch bomb", "list", "other", "newer", "wider", "taller", "other words"])
 @pytest.mark.parametrize("resume", [False, True], ids=["sample", "resume"])
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(name, resume, cli, runs, tmp_path):
     whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim") | {"step": 20}
-    raw = {"half": whole[:len(whole) // 2], "text": b"hello\n", "pickle": pickle.dumps({"model": 1}, 2),
-           "new pickle": pickle.dumps({"model": 1}, 4), "bomb": pickle.dumps(Bomb(), 2)}
+    weight = whole.index(checkpoint["model"]["lm_head.weight"].numpy().tobytes())
+    flipped = whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1:]
+    raw = {"flipped bit": flipped, "half": whole[:len(whole) // 2], "text": b"hello\n",
+           "pickle": pickle.dumps({"model": 1}, 2), "new pickle": pickle.dumps({"model": 1}, 4), "bomb": pickle.dumps(Bomb(), 2)}
     raw |= {n: whole[:int(n)] for n in ("0", "1", "100", "-1")}
 
     def changed(**settings):
