@@ -299,7 +299,8 @@ class KVCache:
 
 
 class LayerCache:
-    """One layer's k and v (B, H, block_size, D), and x (B, block_size, C / 4), which shift_tokens reads.
+    """One layer's k and v (B, H, block_size, D), and what the positions before are needed for besides attention: x (B,
+    block_size, C / 4) in shift_tokens and, in the first layer, idx (B, block_size, 1) in ngram_rows.
 
     Each is allocated whole when it is first used: a new token is then written in its place, and nothing is copied."""
 

@@ -306,7 +306,7 @@ def one_line_errors(main):
             code, text = 1, str(error)
             if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
                 message = "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
-            elif re.search(r"(working C\+\+ compiler|working triton)", text):
+            elif re.search(r"working (C\+\+ compiler|triton)", text):
                 message = f"--compile: {text.splitlines()[0]}; install it, or leave --compile out"
             else:
                 raise

@@ -347,8 +347,8 @@ def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, do
         (tmp_path / name).mkdir()
         objective = {f: getattr(OBJECTIVES[name], f) for f in OBJECTIVES[name].__dataclass_fields__}
         train.save_checkpoint(tmp_path / name / "ckpt.pt", {
-            "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(), "step": 1, "optimizers": [],
-            "objective": objective, "config": {"data": str(tmp_path / "text.py"), "objective": name}})
+            "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(), "step": 1,
+            "optimizers": [], "objective": objective, "config": {"data": str(tmp_path / "text.py"), "objective": name}})
     ckpt, fim, out, cache, png = (str(tmp_path / name) for name in ("ntp", "fim", "out", "cache", "png"))
     (tmp_path / "fim/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "epoch": 0.5, "answer_bpb": 2.0}\n')
     (tmp_path / "pairs.jsonl").write_text("".join(f'{{"prompt": "{i}:", "answer": "{i} {i}"}}\n' for i in range(60)))

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 import train
-from data import Batches
+from data import Batches, text_rows
 from model import GPT, GPTConfig, ngram_rows
 from objectives import OBJECTIVES
 from sample import load_checkpoint, load_model
-from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint, text_rows
+from train import PRESETS, Config, bits_per_byte, learning_rate, make_optimizers, save_checkpoint
 
 
 @pytest.fixture(scope="module")
