@@ -42,7 +42,7 @@ SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128, "batch_siz
 NANOGPT = SHAPE | {"max_iters": 6000, "warmup_iters": 100, "min_lr": 1e-4, "beta2": 0.99, "dropout": 0.0,
                    "compile": False, "dtype": "float32", "gradient_accumulation_steps": 1, "eval_iters": 1,
                    "log_interval": 1}
-RACES = {1e-3: {"ngrams": 131072, "steps": 450}, 3e-3: {"ngrams": 131072, "steps": 780}}
+RACES = {1e-3: {"steps": 900}, 3e-3: {"steps": 1500}}
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Variant:
     def flops_per_token(self):
         """6 N + 12 L H Q T (PaLM, appendix B): forward and backward, N the weights of matrix products."""
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        lookups = ["transformer.wpe.weight", "transformer.ngrams.weight"]
+        lookups = ["transformer.wpe.weight"]
         lookups += ["transformer.wte.weight"] * ("lm_head.weight" in sizes)     # if not tied
         c, n = self.config, sum(sizes.values()) - sum(sizes.get(name, 0) for name in lookups)
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
@@ -136,7 +136,7 @@ def make_variants(config, tok, stream, device, nanogpt):
     def variant(config):
         model = train.make_model(config, tok.n_vocab, device)
         name = f"{config.objective}, {config.attention}, {config.dtype}" + ", compiled" * config.compile
-        return Variant(name, config, model, train.make_optimizers(model, config), batches(config), device)
+        return Variant(name, config, model, train.make_optimizers(model, config, config.dtype == "bf16"), batches(config), device)
 
     attentions, dtypes = ["manual", "fused"], ["fp32"] + ["bf16"] * train.has_bf16(device)
     if device.type == "cuda":

@@ -30,7 +30,6 @@ class GPTConfig:
     position: str = "rope"       # or learned
     qk_norm: bool = True
     token_shift: bool = True     # attention reads a quarter of its input from the token before: see shift_tokens
-    ngrams: int = 0              # rows of a table of runs of 2 to 5 tokens: see ngram_rows
     tied: bool = True            # the output layer shares the token embedding's weights
     gelu: str = "none"           # exact, or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
@@ -39,8 +38,6 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.ngrams < 0:
-            raise ValueError(f"ngrams {self.ngrams}: expected at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -63,8 +60,6 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         })
-        if config.ngrams:
-            self.transformer["ngrams"] = nn.Embedding(config.ngrams, config.n_embd, sparse=True)  # few rows a step
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -75,9 +70,7 @@ class GPT(nn.Module):
         # GPT-2's initialisation: N(0, 0.02), and the layers that write into the residual stream smaller, since 2 per
         # block add up there.
         for name, p in self.named_parameters():
-            if name.endswith("ngrams.weight"):
-                nn.init.zeros_(p)
-            elif p.dim() == 2:
+            if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -91,8 +84,6 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)                                           # (B, T, C)
-        if self.config.ngrams:
-            x = x + self.look_up_ngrams(idx, cache.layers[0] if cache else None)
         if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[start:end]
             rotations = None
@@ -108,14 +99,10 @@ class GPT(nn.Module):
             return logits, None
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    @torch.compiler.disable  # which cannot handle the sparse gradient
-    def look_up_ngrams(self, idx, cache):
-        return self.transformer.ngrams(ngram_rows(idx, self.config.ngrams, cache)).sum(2)    # (B, T, C)
-
     def n_params(self, embedding=True):
         """The number of parameters, shared ones once; without token and position embeddings if asked."""
         outside = {id(p) for name, p in self.named_parameters() if not embedding and
-                   name.split(".")[-2] in ("wte", "wpe", "ngrams", "lm_head")}
+                   name.split(".")[-2] in ("wte", "wpe", "lm_head")}
         return sum(p.numel() for p in self.parameters() if id(p) not in outside)
 
 
@@ -198,21 +185,6 @@ def shift_tokens(x, cache=None):
     moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
     shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving[:, :-1], (0, 0, 1, 0))
     return torch.cat((shifted, x[..., quarter:]), dim=-1)
-
-
-def ngram_rows(idx, n_rows, cache=None):
-    """idx (B, T) -> (B, T, 4): the rows, of n_rows, that belong to the last 2, 3, 4 and 5 tokens, by a hash.
-
-    A model that can look up what a run of tokens means need not work it out: n-grams cost memory, and no products (Pagnoni
-    et al., 2024, section 3.2.1, on bytes). Those that fall on one row share it."""
-    T = idx.shape[1]
-    seen = cache.store("idx", idx[..., None])[..., 0] if cache else idx         # (B, S), S >= T
-    seen = F.pad(seen, (4, 0))                                                  # id 0 comes before the first
-    ngram, rows = idx, []
-    for back in range(1, 5):
-        ngram = ngram * 1_000_003 + seen[:, -T - back:-back] + 1                # as a number, modulo 2^64
-        rows.append((ngram * 2_654_435_761 >> 15) % n_rows)
-    return torch.stack(rows, dim=-1)
 
 
 def cross_entropy(logits, targets):
@@ -300,7 +272,7 @@ class KVCache:
 
 class LayerCache:
     """One layer's k and v (B, H, block_size, D), and what the positions before are needed for besides attention: x (B,
-    block_size, C / 4) in shift_tokens and, in the first layer, idx (B, block_size, 1) in ngram_rows.
+    block_size, C / 4) in shift_tokens.
 
     Each is allocated whole when it is first used: a new token is then written in its place, and nothing is copied."""
 

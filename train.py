@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -77,7 +78,6 @@ class Config:
     position: str = setting("rope", "rotary or learned positions", ("rope", "learned"))
     qk_norm: bool = setting(True, "normalise queries and keys")
     token_shift: bool = setting(True, "attention reads part of its input from the token before")
-    ngrams: int = setting(0, "rows of a table of runs of 2 to 5 tokens, added to the embedding", low=0)
     tied: bool = setting(True, "output layer shares the token embedding")
     bias: bool = setting(False, "biases in linear layers and norms")
     gelu: str = setting("none", "exact GELU, or tanh, GPT-2's approximation", ("none", "tanh"))
@@ -180,7 +180,8 @@ def train(config, checkpoint=None):
         raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was started; put it back, "
                       "or start anew with another --out")
     model = make_model(config, tok.n_vocab, device)
-    optimizers = make_optimizers(model, config)
+    bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
+    optimizers = make_optimizers(model, config, bf16)
     first = 0
     if checkpoint:
         with checkpoint_fits(config.out if resuming else config.init_from):
@@ -192,7 +193,6 @@ def train(config, checkpoint=None):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out) if rank == 0 else nullcontext()
-    bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     forward = torch.compile(model) if config.compile else model
     if world > 1:  # averages the processes' gradients within backward()
@@ -294,7 +294,7 @@ def update(forward, micro_batches, optimizers, step, config, autocast, rank=0, w
             (loss * share).backward()
         total = total + loss.detach() * share
     if config.clip:
-        torch.nn.utils.clip_grad_norm_([p for p in forward.parameters() if not p.grad.is_sparse], config.clip)
+        torch.nn.utils.clip_grad_norm_(forward.parameters(), config.clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -369,20 +369,63 @@ def learning_rate(step, config):
     return config.lr * (1 - (1 - config.final_lr) * progress)
 
 
-def make_optimizers(model, config):
-    """[AdamW], then Muon for the blocks' matrices and SparseAdam for the rows of n-grams that a step met, if there are any.
-    Muon (Jordan et al., 2024) orthogonalises the momentum of each matrix; its update is scaled to AdamW's usual size (Liu
-    et al., 2025), so that one learning rate serves all."""
-    hidden, matrices, vectors, table = [], [], [], []
+def make_optimizers(model, config, bf16=False):
+    """[AdamW], and Muon for the blocks' matrices with --optimizer muon; bf16: whether Muon's products are in bf16."""
+    hidden, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         in_block = name.startswith("transformer.h.") and config.optimizer == "muon"
-        (vectors if p.dim() < 2 else hidden if in_block else table if ".ngrams." in name else matrices).append(p)
+        (vectors if p.dim() < 2 else hidden if in_block else matrices).append(p)
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     betas = config.beta1, config.beta2
     adamw = torch.optim.AdamW(groups, config.lr, betas, weight_decay=config.weight_decay, fused=True)
-    muon = [torch.optim.Muon(hidden, config.lr, config.weight_decay, adjust_lr_fn="match_rms_adamw")] if hidden else []
-    # no momentum for the table: most of its rows are met once in a hundred steps, and must move at once
-    return [adamw, *muon] + ([torch.optim.SparseAdam(table, config.lr, (0.0, 0.99))] if table else [])
+    return [adamw] + ([Muon(hidden, config.lr, config.weight_decay, bf16)] if hidden else [])
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices W (n, m) with gradients G:
+
+        M <- 0.95 M + 0.05 G                                           momentum
+        O = orthogonalize(0.95 M + 0.05 G)                             Nesterov's form of it, all singular values near 1
+        W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(n, m)) O        scaled to the size of AdamW's updates (Liu et al.,
+                                                                       2025, equation 4): one learning rate serves both
+    """
+
+    def __init__(self, matrices, lr, weight_decay=0.1, bf16=False):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = defaultdict(list)  # matrices of one shape are orthogonalised together
+            for W in group["params"]:
+                same_shape[W.shape].append(W)
+            for (n, m), matrices in same_shape.items():
+                looked_ahead = []
+                for W in matrices:
+                    if W not in self.state:
+                        self.state[W]["momentum_buffer"] = torch.zeros_like(W)
+                    M = self.state[W]["momentum_buffer"].lerp_(W.grad, 1 - group["momentum"])
+                    looked_ahead.append(W.grad.lerp(M, group["momentum"]))
+                updates = orthogonalize(torch.stack(looked_ahead).to(self.dtype))
+                for W, O in zip(matrices, updates):
+                    W.mul_(1 - group["lr"] * group["weight_decay"])
+                    W.add_(O, alpha=-group["lr"] * 0.2 * max(n, m) ** 0.5)
+
+
+def orthogonalize(G, steps=5):
+    """G (k, n, m), k matrices with singular values S in G = U S V^T -> nearly U V^T: each S moves to between 0.7 and 1.2.
+
+    Newton-Schulz iteration: X <- a X + (b A + c A^2) X with A = X X^T maps each singular value s to a s + b s^3 + c s^5,
+    on the shorter side of the matrix (Jordan et al., 2024, whose coefficients these are)."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    is_tall = G.shape[1] > G.shape[2]
+    X = G.mT if is_tall else G                                                  # (k, n, m), n <= m
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)                    # now every singular value is at most 1
+    for _ in range(steps):
+        A = X @ X.mT                                                            # (k, n, n)
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if is_tall else X
 
 
 def has_bf16(device):

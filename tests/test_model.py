@@ -4,12 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, ngram_rows, rope_rotations, rotate
+from model import GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, rope_rotations, rotate
 from train import PRESETS
 
 POSITIONS = pytest.mark.parametrize("position", ["rope", "learned"])
 ATTENTIONS = pytest.mark.parametrize("attention", ["manual", "fused"])
-NGRAMS = pytest.mark.parametrize("ngrams", [0, 500])
 IDX = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -101,9 +100,8 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 @ATTENTIONS
 @POSITIONS
-@NGRAMS
-def test_no_prediction_sees_the_future(attention, position, ngrams):
-    model = small_model(attention=attention, position=position, ngrams=ngrams)
+def test_no_prediction_sees_the_future(attention, position):
+    model = small_model(attention=attention, position=position)
     logits = model(IDX)[0]
     for t in (0, 1, 11, 23):
         changed = IDX.clone()
@@ -114,10 +112,9 @@ def test_no_prediction_sees_the_future(attention, position, ngrams):
 
 @ATTENTIONS
 @POSITIONS
-@NGRAMS
 @pytest.mark.parametrize("chunks", [[1] * 24, [5, 1, 12, 6], [23, 1]])
 def test_the_kv_cache_changes_no_logits(attention, position, ngrams, chunks):
-    model = small_model(attention=attention, position=position, ngrams=ngrams)
+    model = small_model(attention=attention, position=position)
     cache = KVCache(model.config)
     logits = torch.cat([model(part, cache=cache)[0] for part in IDX.split(chunks, dim=1)], 1)
     torch.testing.assert_close(logits, model(IDX)[0], rtol=1e-4, atol=1e-4)
@@ -128,10 +125,9 @@ def test_the_kv_cache_changes_no_logits(attention, position, ngrams, chunks):
 
 @ATTENTIONS
 @POSITIONS
-@NGRAMS
-def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position, ngrams):
+def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position):
     """... the token shift's last token, too; and each of two samples then goes its own way."""
-    model = small_model(attention=attention, position=position, ngrams=ngrams)
+    model = small_model(attention=attention, position=position)
     cache, other = KVCache(model.config), torch.cat((IDX[:, :9], IDX[:, 9:].flip(1)), 1)
     with torch.no_grad():
         model(IDX, cache=cache)
@@ -154,15 +150,6 @@ def test_a_kv_cache_is_allocated_once_and_written_in_place():
     assert before == [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
     assert {name: part.shape for name, part in cache.layers[0].parts.items()} == {
         "k": (2, 2, 24, 16), "v": (2, 2, 24, 16), "x": (2, 24, 8)}
-
-
-def test_n_grams_are_the_last_2_to_5_tokens():
-    text = torch.tensor([[1, 2, 3, 4, 5, 6, 9, 2, 3, 4, 5, 6]])
-    rows = ngram_rows(text, 10**6)[0].tolist()
-    assert [sum(a == b for a, b in zip(rows[1 + i], rows[7 + i])) for i in range(5)] == [0, 1, 2, 3, 4]
-    assert len({row for position in rows for row in position}) == 4 * 12 - (1 + 2 + 3 + 4)  # nothing else is the same
-    counts = ngram_rows(torch.randint(256, (1, 10**5)), 1000).flatten().bincount(minlength=1000) / 400
-    assert counts.std() < 0.1 and counts.min() > 0.5  # a hash that leaves rows empty wastes them
 
 
 @pytest.mark.parametrize("n", [1, 5, 256, 515])
@@ -188,20 +175,17 @@ def test_a_batch_that_is_all_ignored_costs_nothing():
 
 
 @pytest.mark.parametrize("shape", [{"attention": "manual"}, {"attention": "fused", "tied": False},
-                                   {"position": "learned", "bias": True, "qk_norm": False, "token_shift": False},
-                                   {"ngrams": 500}])
+                                   {"position": "learned", "bias": True, "qk_norm": False, "token_shift": False}])
 @pytest.mark.parametrize("ignored", [slice(0, 24, 3), slice(24)])
 def test_compiled_it_computes_the_same(shape, ignored):
-    """And in one graph: with a break before the loss, torch 2.11 to 2.13 fail as soon as they find it in their cache.
-    (The sparse gradient of n-grams needs a break, at a place that does no harm.)"""
+    """And in one graph: with a break before the loss, torch 2.11 to 2.13 fail as soon as they find it in their cache."""
     torch.compiler.reset()
     model, targets = small_model(**shape), IDX.roll(1)
     targets[:, ignored] = IGNORE
-    compiled = torch.compile(model, backend="aot_eager", fullgraph="ngrams" not in shape)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     (logits, loss), (expected_logits, expected) = compiled(IDX, targets), model(IDX, targets)
     torch.testing.assert_close((logits, loss), (expected_logits, expected))
-    gradients = [torch.autograd.grad(some, list(model.parameters())) for some in (loss, expected)]
-    torch.testing.assert_close(*([g.to_dense() for g in some] for some in gradients))
+    torch.testing.assert_close(*(torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)))
 
 
 def test_an_untrained_model_guesses():
@@ -265,7 +249,7 @@ def test_the_gpt2_preset_has_gpt2s_weights():
 
 @pytest.mark.parametrize("settings, message", [
     ({"vocab_size": 0}, "vocab_size 0"), ({"block_size": 0}, "block_size 0"), ({"n_layer": -1}, "n_layer -1"),
-    ({"ngrams": -1}, "ngrams -1"), ({"n_head": 0}, "n_head 0"), ({"n_embd": 0}, "n_embd 0"), ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
+    ({"n_head": 0}, "n_head 0"), ({"n_embd": 0}, "n_embd 0"), ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
     ({"n_embd": 33, "n_head": 11}, "= 3: expected an even number"), ({"dropout": 1.0}, "dropout 1.0"),
     ({"dropout": -0.1}, "dropout -0.1"), ({"dropout": math.nan}, "dropout nan"),
     ({"position": "sine"}, "position sine: .*rope, learned"), ({"attention": "fast"}, "attention fast: .*manual")])
