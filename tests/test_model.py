@@ -113,7 +113,7 @@ def test_no_prediction_sees_the_future(attention, position):
 @ATTENTIONS
 @POSITIONS
 @pytest.mark.parametrize("chunks", [[1] * 24, [5, 1, 12, 6], [23, 1]])
-def test_the_kv_cache_changes_no_logits(attention, position, ngrams, chunks):
+def test_the_kv_cache_changes_no_logits(attention, position, chunks):
     model = small_model(attention=attention, position=position)
     cache = KVCache(model.config)
     logits = torch.cat([model(part, cache=cache)[0] for part in IDX.split(chunks, dim=1)], 1)
