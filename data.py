@@ -2,19 +2,18 @@
 
     files -> documents -> token stream -> windows -> rows -> batch
 
-    documents   one str each: a file, or a line of a .jsonl                     iter_documents, split_documents
-    stream      doc <EOT> doc <EOT> doc <EOT> ...   one flat array of ids, on   prepare
-                disk, memory-mapped; one for training, one held out
-    window      T+1 consecutive ids of the stream, starting anywhere:
-                ... tail of a doc <EOT> whole doc <EOT> head of a doc ...        Batches
-    row         what an objective makes of a window: T inputs and T targets     objectives.Objective.row
-    batch       B rows as two int64 arrays (B, T), a pure function of (seed, step, rank): there is no loader state
-                to save, a resumed run sees exactly what an uninterrupted one would have seen
+    documents   one str each: a file, or a line of a .jsonl               iter_documents, split_documents
+    stream      doc <EOT> doc <EOT> ...   one flat array of ids on disk,  prepare
+                memory-mapped; one for training, one held out
+    window      T+1 consecutive ids of the stream, starting anywhere:     Batches
+                ... tail of a doc <EOT> whole doc <EOT> head of a doc ...
+    row         an objective's T inputs and T targets for a window        objectives.py
+    batch       B rows as two int64 arrays (B, T), a pure function of (seed, step, rank): with no loader
+                state to save, a resumed run sees the same batches as an uninterrupted one
 
-Tokenizers run on tiktoken. Ids 0 .. n-6 are text; the last five are <PRE> <SUF> <MID> <EOT> <MASK>, which no text
-encodes to, because encoding never looks for them: a document that contains the characters "<MID>" is ordinary text.
+Tokenizers run on tiktoken. The last five of the n_vocab ids are special: <EOT> <PRE> <SUF> <MID> <MASK>. No
+text encodes to them, since encoding never looks for them: the characters "<MID>" in a document are text.
 """
-import ast
 import glob
 import gzip
 import hashlib
@@ -27,7 +26,6 @@ import sysconfig
 import tempfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -36,38 +34,37 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from objectives import check_choice, check_range, fim_documents
-
 SPECIALS = ("pre", "suf", "mid", "eot", "mask")
 HELD_OUT = 0.05
-LONGEST = 1 << 18  # characters that are encoded at a time: a million spaces in a row overflow tiktoken's stack
-MOST_WORDS = 1 << 20  # different words that learning a vocabulary counts
+LONGEST = 1 << 18  # characters encoded at a time: a million spaces in a row overflow tiktoken's stack
+MAX_WORDS = 1 << 20  # distinct words counted at a time in learning a vocabulary
 SKIP_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-# Standard library modules whose doctests evaluate.py runs: no part of stdlib or prose, so never trained on.
-EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress", "statistics",
-                      "textwrap")
+# Standard library modules whose doctests lab/evaluate.py runs: --data stdlib leaves them out of training.
+EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress",
+                      "statistics", "textwrap")
 
 
 class Tokenizer:
     """Byte-level BPE and five special ids.
 
-    encode(text) -> list[int] and decode(ids) -> str are inverse to each other on every text; special ids decode to
-    nothing. Attributes: n_vocab (all ids, the special ones included), pre suf mid eot mask (int), and
-    n_bytes, an int64 array (n_vocab,) with the bytes of text each id stands for (0 for a special one).
+    encode(text) -> list[int], decode(ids) -> str; decode(encode(text)) == text, and special ids decode to "".
+    Attributes: n_vocab (special ids included), the ids pre suf mid eot mask, and n_bytes, an int64 array
+    (n_vocab,): the number of bytes of each id's text, 0 for a special id.
     """
-    # One piece per match; tokens never cross pieces. A word takes one sign or space in front (".join", " in", "_x"),
-    # signs take the line end behind them ("):\n"), and a run of spaces stays together up to the one before a word,
-    # so that indentation is one token. Valid for Python's re, which learns, and for tiktoken's, which runs.
+    # One piece per match; tokens never cross pieces. A word includes one sign or space before it (".join",
+    # " in", "_x"), signs include the line end after them ("):\n"), and a run of spaces stays together, except
+    # its last before a word, so that indentation is one token. The pattern must be valid both in Python's re
+    # (for learning) and in tiktoken's regex engine (for encoding).
     PATTERN = r"(?:_|[^\r\n\w])?[^\W\d_]+|\d{1,3}| ?(?:_|[^\s\w])+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
     def __init__(self, vocabulary, pattern=PATTERN):
-        """vocabulary: list[bytes], the text of each id in the order of learning, all 256 single bytes among them."""
+        """vocabulary: list[bytes], the text of each id in merge order, all 256 single bytes among them."""
         self.vocabulary, self.pattern = vocabulary, pattern
         self._tiktoken = tiktoken.Encoding("nanogap", pat_str=pattern, special_tokens={},
                                            mergeable_ranks={text: i for i, text in enumerate(vocabulary)})
         n = len(vocabulary)
-        # tiktoken numbers GPT-2's <|endoftext|> just after its last merge; <EOT> takes that id, so that the
-        # embeddings of GPT-2's published weights keep their rows.
+        # <EOT> takes the id after the last merge, as GPT-2's <|endoftext|> does, so that the embeddings of
+        # GPT-2's published weights keep their rows.
         self.eot, self.pre, self.suf, self.mid, self.mask = range(n, n + len(SPECIALS))
         self.specials = list(range(n, n + len(SPECIALS)))
         self.n_vocab = n + len(SPECIALS)
@@ -75,18 +72,21 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls):
-        """One id per byte: nothing to learn, sequences about three times as long."""
+        """One id per byte: nothing to learn; sequences are about three times as long as with BPE."""
         return cls([bytes([i]) for i in range(256)])
 
     @classmethod
     def train(cls, texts, n):
-        """Learns n ids in all (256 bytes and the specials included) from an iterable of texts; fewer if they run out."""
-        check_range("--vocab-size", n, 256 + len(SPECIALS), 10**6)
+        """Learns a vocabulary of n ids (256 bytes and the special ids included) from an iterable of texts.
+
+        n_vocab is below n if no pair is left to merge. Raises ValueError for an n out of range."""
+        if not 256 + len(SPECIALS) <= n <= 10**6:
+            raise ValueError(f"--vocab-size {n}: expected {256 + len(SPECIALS)} to {10**6}")
         counts, rare = Counter(), 0
         for text in texts:
             for part, _ in cut(text):
                 counts.update([piece[:1000] for piece in re.findall(cls.PATTERN, part)])
-                while len(counts) > MOST_WORDS:  # what is rare is forgotten, as in word2vec: memory has a bound
+                while len(counts) > MAX_WORDS:  # bounds memory: drops rare words, as word2vec does
                     rare += 1
                     counts = Counter({piece: count for piece, count in counts.items() if count > rare})
         counts = {piece.encode("utf-8", "surrogatepass"): count for piece, count in counts.items()}
@@ -98,14 +98,14 @@ class Tokenizer:
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except Exception as error:  # requests' and tiktoken's own exceptions share no narrower base class
-            raise OSError(f"--tokenizer gpt2: tiktoken could not download the GPT-2 vocabulary ({type(error).__name__}); "
-                          "use --tokenizer bpe or bytes, which need no network, or set TIKTOKEN_CACHE_DIR to a folder "
-                          "that already holds it") from None
+            raise OSError("--tokenizer gpt2: tiktoken could not download the GPT-2 vocabulary "
+                          f"({type(error).__name__}); use --tokenizer bpe or bytes, which need no network, "
+                          "or set TIKTOKEN_CACHE_DIR to a folder that already holds it") from None
         ranks = encoding._mergeable_ranks
         return cls(sorted(ranks, key=ranks.get), encoding._pat_str)
 
     def to_dict(self):
-        """Plain values for a checkpoint or JSON file (bytes as latin-1 text)."""
+        """The Tokenizer as plain values for a checkpoint or JSON file (bytes as Latin-1 text)."""
         return {"vocabulary": [text.decode("latin-1") for text in self.vocabulary], "pattern": self.pattern}
 
     @classmethod
@@ -130,7 +130,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def whole_characters(self, ids):
-        """The slice of ids (a list of text ids) left after dropping tokens that hold half a character at either end."""
+        """ids, a list of text ids -> the slice without tokens at either end that hold part of a character."""
         start, end = 0, len(ids)
         while start < end and self.vocabulary[ids[start]][0] & 0xC0 == 0x80:  # 10xxxxxx: inside a character
             start += 1
@@ -144,8 +144,8 @@ class Tokenizer:
 
 
 def cut(text):
-    """Yields (part, whether it is the last): a text in parts of at most LONGEST characters, cut behind a line end if there
-    is one in the part's second half."""
+    """Yields (part, is_last): a text in parts of at most LONGEST characters, each cut after the last line end
+    in its second half, if there is one."""
     start = 0
     while len(text) - start > LONGEST:
         end = text.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST
@@ -157,9 +157,9 @@ def cut(text):
 def learn_bpe(counts, n):
     """Byte-pair encoding (Sennrich et al., 2016): n entries, of which the first 256 are the single bytes.
 
-    counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most frequent
-    pair of neighbours (ties: the smaller ids). Pair counts are updated where a merge happened, never recounted. A heap
-    holds (-count, pair); an entry whose count has fallen since is put back with the true one when it comes up.
+    counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most
+    frequent pair of neighbours (ties: the smaller ids). Pair counts are updated where a merge changes a word.
+    A heap holds (-count, pair); an entry popped with an outdated count is pushed back with the true one.
     """
     words, frequency = [list(piece) for piece in counts], list(counts.values())
     vocabulary = [bytes([i]) for i in range(256)]
@@ -209,17 +209,15 @@ def learn_bpe(counts, n):
 
 
 def source_files(source):
-    """The files that a --data source names: stdlib, prose, site-packages, a file, a folder or a glob. Sorted.
-
-    Raises OSError where there are none."""
+    """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none."""
     paths = sysconfig.get_paths()
-    if source in ("stdlib", "prose"):
+    if source == "stdlib":
         root = Path(paths["stdlib"])
         kept_out = {root / f"{name}.py" for name in EVALUATION_MODULES}
-        return [f for f in _python_files(root, SKIP_FOLDERS) if f not in kept_out]
+        return [f for f in python_files(root, SKIP_FOLDERS) if f not in kept_out]
     if source == "site-packages":
         roots = sorted({Path(paths["purelib"]), Path(paths["platlib"])})
-        return [f for root in roots for f in _python_files(root, {"__pycache__"})]
+        return [f for root in roots for f in python_files(root, {"__pycache__"})]
     if "\0" in source:
         raise OSError(f"--data {source!r}: a path cannot hold a NUL character")
     path = Path(source).expanduser()
@@ -233,11 +231,13 @@ def source_files(source):
     else:
         files = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f))
     if not files:
-        raise OSError(f"--data {source}: no such file; expected stdlib, prose, site-packages, or a file, folder or glob")
+        raise OSError(f"--data {source}: no such file; "
+                      "expected stdlib, site-packages, or a file, folder or glob")
     return files
 
 
-def _python_files(root, skip):
+def python_files(root, skip):
+    """The sorted .py files under a folder, without those in subfolders whose names are in skip."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skip]
@@ -246,59 +246,53 @@ def _python_files(root, skip):
 
 
 def iter_documents(source, files=None, desc="reading"):
-    """Yields the documents (str, never empty) of a source.
+    """Yields a source's documents: str, never blank. Each line of a .jsonl is one, its "text" or "content".
 
-    A file that was named itself must be UTF-8 text, else ValueError; among many files those that are not are skipped,
-    and counted aloud (once: a later pass over the same files has another desc, the label of its progress bar). A .jsonl
-    gives one document a line, from its "text" or "content"."""
+    Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
+    are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
     files = files or source_files(source)
     skipped = []
     for path in tqdm(files, desc=desc, unit="file", leave=False, disable=len(files) < 2):
+        is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
         try:
-            if not path.is_file():
-                raise ValueError(f"--data {path}: not a regular file")
-            name = path.name.removesuffix(".gz")
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-                if name.endswith(".jsonl"):
-                    documents = _jsonl_documents(path, f)
-                else:
-                    text = f.read()
-                    if "\0" in text:
-                        raise ValueError(f"--data {path}: a binary file (it has NUL bytes), expected text")
-                    documents = [_prose(path, text)] if source == "prose" else [text]
-                yield from filter(str.strip, documents)
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            skipped.append(f"{path}: expected UTF-8 text, got {error}")
-        except ValueError as error:
-            if len(files) == 1 or path.name.endswith((".jsonl", ".jsonl.gz")):
+            yield from filter(str.strip, jsonl_documents(path) if is_jsonl else [read_text(path)])
+        except (ValueError, PermissionError) as error:
+            if len(files) == 1 or is_jsonl:
                 raise
-            skipped.append(str(error))
-        except PermissionError:
-            skipped.append(f"{path}: no permission to read it")
-    if skipped and len(files) == 1:
-        raise ValueError(f"--data {skipped[0].removeprefix('--data ')}")
+            skipped.append(str(error).removeprefix("--data "))
     if skipped and desc == "reading":
-        tqdm.write(f"skipped {len(skipped)} of {len(files)} files that are not readable UTF-8 text, first {skipped[0]}")
+        tqdm.write(f"skipped {len(skipped)} of {len(files)} files that are not readable UTF-8 text, "
+                   f"first {skipped[0]}")
 
 
-def _jsonl_documents(path, lines):
-    for number, line in enumerate(lines, 1):
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"--data {path}: line {number} is not JSON ({error})") from None
+def read_text(path):
+    """A file's text, unpacked if the file is a .gz. Raises ValueError if it is not readable UTF-8 text."""
+    if not path.is_file():
+        raise ValueError(f"--data {path}: not a regular file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            text = f.read()
+    except PermissionError:
+        raise ValueError(f"--data {path}: no permission to read it") from None
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"--data {path}: expected UTF-8 text, got {error}") from None
+    if "\0" in text:
+        raise ValueError(f"--data {path}: a binary file (it has NUL bytes), expected text")
+    return text
+
+
+def jsonl_documents(path):
+    for place, record in read_records(path, "--data"):
         text = record.get("text", record.get("content")) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise ValueError(f'--data {path}: line {number} has no string field "text" or "content"')
+            raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
         yield text
 
 
 def read_records(path, flag):
-    """Yields (place, record) of a .jsonl or a .json that is one list, either perhaps .gz; place: "line 3" or "record 3".
+    """Yields (place, record) of a .jsonl, or of a .json that is one list; either may be a .gz.
 
-    Raises ValueError that names flag, path and place where it is damaged."""
+    place: "line 3" or "record 3". Raises ValueError, naming flag, path and place, if the file is damaged."""
     path, unit, number = Path(path), "line", 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
@@ -310,43 +304,30 @@ def read_records(path, flag):
                 for number, line in enumerate(f, 1):
                     if line.strip():
                         yield f"line {number}", json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{flag} {path}: {unit} {number or 1} is not JSON ({error})") from None
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{flag} {path}: cannot be read after {unit} {number} ({error})") from None
-
-
-def _prose(path, source):
-    """The English in a Python file: its docstrings, or the topics of pydoc."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, RecursionError):
-        return ""
-    if path.name == "topics.py":
-        return "\n\n".join(node.value for node in ast.walk(tree)
-                           if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" in node.value)
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
-    return "\n\n".join(filter(None, docstrings))
+    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of thousands of digits
+        raise ValueError(f"{flag} {path}: {unit} {number or 1} is not JSON ({error})") from None
 
 
 def load_documents(source):
-    """The documents of a source (see source_files) as a list. Raises OSError or ValueError, naming the file."""
+    """The documents of a source (see source_files): list[str]. Raises OSError or ValueError."""
     return list(iter_documents(source))
 
 
 def is_held_out(text):
     """True for 5% of documents, by a hash of the text."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < HELD_OUT * 2**64
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
 
 
 def _split(documents, held_out):
-    """Yields (text, is it held out). Where the hashes put every document on one side, as they do with a single book,
-    the last 5% of each document is held out instead, from a line's start if there is one near."""
-    mixed = len(set(held_out)) == 2
-    for text, held in zip(documents, held_out):
-        if mixed:
-            yield text, held
+    """Yields (text, is it held out); held_out: is_held_out of each document. If all documents fall on one
+    side, as with a single book, the last 5% of each is held out instead, from a line start if one is near."""
+    has_both = len(set(held_out)) == 2
+    for text, is_out in zip(documents, held_out):
+        if has_both:
+            yield text, is_out
         else:
             end = int(len(text) * (1 - HELD_OUT))
             end = text.rfind("\n", end * 9 // 10, end) + 1 or end
@@ -355,26 +336,26 @@ def _split(documents, held_out):
 
 
 def split_documents(docs):
-    """list[str] -> (train, held_out). The side depends on the text alone: it never moves, and copies never straddle."""
+    """list[str] -> (train, held_out), by the text alone: no text changes sides, and copies share a side."""
     parts = [part for part in _split(docs, [is_held_out(text) for text in docs]) if part[0]]
-    return [text for text, held in parts if not held], [text for text, held in parts if held]
+    return [text for text, is_out in parts if not is_out], [text for text, is_out in parts if is_out]
 
 
 def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache", tok=None):
     """Documents -> (Tokenizer, training stream, held-out stream), the streams as memory-mapped arrays of ids.
 
-    tokenizer: bpe, bytes or gpt2; or give a Tokenizer as tok. The result is cached under a key made of the files'
-    contents and the settings, written whole or not at all, and made again where it is damaged. Documents are streamed:
-    memory does not grow with the corpus. Raises ValueError or OSError with a sentence for the user."""
+    tokenizer: bpe, bytes or gpt2; or give a Tokenizer as tok. The result is cached under a hash of the files'
+    contents and the settings, written whole or not at all, and written again if damaged. Documents are
+    streamed: memory does not grow with the corpus. Raises ValueError or OSError."""
     files = source_files(source)
     settings = tok.to_dict() if tok else [tokenizer, vocab_size if tokenizer == "bpe" else None]
-    digest = hashlib.sha256(json.dumps([1, source == "prose", settings]).encode())
+    digest = hashlib.sha256(json.dumps([2, settings]).encode())
     for path in tqdm(files, desc="checking the cache", unit="file", leave=False, disable=len(files) < 2):
         if path.is_file() and os.access(path, os.R_OK):
             with open(path, "rb") as f:
                 while block := f.read(1 << 20):
                     digest.update(block)
-        digest.update(repr(path.suffixes).encode())  # a .txt is read in another way than a .jsonl
+        digest.update(repr(path.suffixes).encode())  # a .txt is not read as a .jsonl is
     folder = Path(cache_dir, digest.hexdigest()[:16])
     try:
         return _load_streams(folder)
@@ -388,7 +369,8 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
         return (part for part in _split(iter_documents(source, files, desc), held_out) if part[0])
 
     if tok is None:
-        tok = make_tokenizer(tokenizer, vocab_size, (text for text, held in parts("counting words") if not held))
+        texts = (text for text, is_out in parts("counting words") if not is_out)
+        tok = make_tokenizer(tokenizer, vocab_size, texts)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=cache_dir))
     try:
@@ -401,9 +383,11 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
 
 
 def make_tokenizer(name, vocab_size, texts):
-    """bpe, learned from the texts, bytes or gpt2 -> Tokenizer."""
-    makers = {"bpe": lambda: Tokenizer.train(texts, vocab_size), "bytes": Tokenizer.bytes, "gpt2": Tokenizer.gpt2}
-    check_choice("--tokenizer", name, makers)
+    """name: bpe (learned from the texts), bytes or gpt2 -> Tokenizer. Raises ValueError for another name."""
+    makers = {"bpe": lambda: Tokenizer.train(texts, vocab_size), "bytes": Tokenizer.bytes,
+              "gpt2": Tokenizer.gpt2}
+    if name not in makers:
+        raise ValueError(f"--tokenizer {name}: expected one of {', '.join(makers)}")
     return makers[name]()
 
 
@@ -413,7 +397,9 @@ def _write_streams(folder, tok, documents):
 
     def write(parts, name, f):
         texts, ends = zip(*parts) if parts else ((), ())
-        ids = [i for part, end in zip(tok.encode_batch(texts), ends) for i in (*part, *([tok.eot] if end else []))]
+        ids = []
+        for part, is_last in zip(tok.encode_batch(texts), ends):
+            ids += [*part, tok.eot] if is_last else part
         block = np.array(ids, dtype).tobytes()
         f.write(block)
         length, checksum = meta[name]
@@ -422,14 +408,14 @@ def _write_streams(folder, tok, documents):
     with open(folder / "train", "wb") as train, open(folder / "held_out", "wb") as held_out:
         sides = {False: ("train", train), True: ("held_out", held_out)}
         waiting = {False: [], True: []}
-        for text, held in documents:
+        for text, is_out in documents:
             for part in cut(text):
-                waiting[held].append(part)
-                if sum(len(text) for text, _ in waiting[held]) > 1 << 20:
-                    write(waiting[held], *sides[held])
-                    waiting[held] = []
-        for held, parts in waiting.items():
-            write(parts, *sides[held])
+                waiting[is_out].append(part)
+                if sum(len(text) for text, _ in waiting[is_out]) > 1 << 20:
+                    write(waiting[is_out], *sides[is_out])
+                    waiting[is_out] = []
+        for is_out, parts in waiting.items():
+            write(parts, *sides[is_out])
     meta = json.dumps(meta)
     (folder / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
 
@@ -445,88 +431,64 @@ def _load_streams(folder):
             streams.append(np.zeros(0, meta["dtype"]))
             continue
         stream = np.memmap(folder / name, meta["dtype"], "r")
-        found = 0
+        actual = 0
         for start in range(0, len(stream), 1 << 22):
-            found = zlib.crc32(stream[start:start + (1 << 22)], found)
-        if (len(stream), found) != (length, checksum):
+            actual = zlib.crc32(stream[start:start + (1 << 22)], actual)
+        if (len(stream), actual) != (length, checksum):
             raise ValueError(f"{folder / name} is damaged")
         streams.append(stream)
     return Tokenizer.from_dict(meta["tokenizer"]), *streams
 
 
-def single_line_holes(stream, tok, n, seed, n_prefix=120, n_suffix=80, n_middle=40):
-    """n holes in the documents of a stream, each one line, as (prefix, middle, suffix): lists of exactly n_prefix, at most
-    n_middle and exactly n_suffix ids. The middle ends with its line end; blank lines are no holes. Fewer than n, if the
-    stream has no more in 50 n draws."""
-    rng = np.random.default_rng(seed)
-    ends = np.flatnonzero(stream == tok.eot)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    holes = []
-    for _ in range(50 * n):
-        if len(holes) == n or not len(ends):
-            break
-        document = rng.integers(len(ends))
-        lines = split_lines(tok.decode(stream[starts[document]:ends[document]].tolist()))
-        line = rng.integers(max(1, len(lines)))
-        if not lines or not lines[line].strip():
-            continue
-        # 200 lines on either side hold 120 tokens, or the document does not
-        parts = lines[max(0, line - 200):line], lines[line:line + 1], lines[line + 1:line + 200]
-        prefix, middle, suffix = (tok.encode("".join(part)) for part in parts)
-        if len(prefix) >= n_prefix and len(suffix) >= n_suffix and len(middle) <= n_middle:
-            holes.append((prefix[-n_prefix:], middle, suffix[:n_suffix]))
-    return holes
-
-
 def split_lines(text):
-    """Lines with their line ends. (str.splitlines would cut at form feeds and other signs, too.)"""
+    """A text's lines, with their line ends. (str.splitlines would also cut at form feeds and the like.)"""
     return [line for line in re.split(r"(?<=\n)", text) if line]
 
 
-def text_rows(stream, tok, T, n):
-    """Up to n rows of plain left-to-right text, (inputs, targets) of T ids each: evenly spaced windows, the same for every
-    model of that context."""
+def text_rows(stream, T, n):
+    """Up to n rows of left-to-right text, (inputs, targets), each (T,) int64: evenly spaced windows, the same
+    for every model of context T."""
     n = min((len(stream) - 1) // T, max(1, n))
-    windows = (stream[start:start + T + 1] for start in np.linspace(0, len(stream) - 1 - T, max(0, n)).astype(int))
+    starts = np.linspace(0, len(stream) - 1 - T, max(0, n)).astype(int)
+    windows = (stream[start:start + T + 1] for start in starts)
     return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)
 
 
 class Batches:
     """batch(step) -> (inputs, targets), int64 arrays (B, T), a pure function of (seed, step, rank).
 
-    Rows are numbered over the whole run: step s of rank r holds rows (s * world + r) * B and the B-1 after it, so one
-    process that accumulates two batches sees the rows of two processes that make one each. The stream has
-    n = (len - T) // T windows an epoch; each epoch draws a phase in [0, T), the offset of its first window, and a
-    permutation of its windows, both from (seed, epoch). Raises ValueError if the stream is shorter than a window."""
+    objective(window, tok, rng) turns a window, ids (T+1,), into a row. Rows are numbered over the whole run:
+    step s of rank r holds row (s * world + r) * B and the B - 1 after it, so one process that accumulates two
+    batches sees the rows of two processes with one batch each. An epoch has (len(stream) - T) // T windows;
+    its phase in [0, T), the offset of its first window, and its permutation of the windows are drawn from
+    (seed, epoch). Raises ValueError if the stream is shorter than 2T tokens."""
 
-    def __init__(self, stream, objective, tok, block_size, batch_size, seed, rank=0, world=1, fim_level="context"):
+    def __init__(self, stream, objective, tok, block_size, batch_size, seed, rank=0, world=1):
         self.stream, self.objective, self.tok = stream, objective, tok
         self.T, self.B, self.seed, self.rank, self.world = block_size, batch_size, seed, rank, world
         self.n_windows = (len(stream) - block_size) // block_size
         if self.n_windows < 1:
-            raise ValueError(f"the training text has {len(stream):,} tokens, expected at least {2 * block_size:,} "
-                             f"for --block-size {block_size}: give more text or a smaller block size")
-        self.document_level = fim_level == "document"
-        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # a batch may straddle two
+            raise ValueError(f"the training text has {len(stream):,} tokens, expected at least "
+                             f"{2 * block_size:,} for --block-size {block_size}: "
+                             "give more text or a smaller block size")
+        self.epoch = lru_cache(maxsize=2)(self.draw_epoch)  # a batch may span two epochs
 
-    def _draw_epoch(self, epoch):
+    def draw_epoch(self, epoch):
         rng = np.random.default_rng([self.seed, epoch, 0])
-        phase, order = rng.integers(self.T), rng.permutation(self.n_windows)
-        stream = fim_documents(self.stream, self.objective, self.tok, rng) if self.document_level else self.stream
-        return stream, phase, order
+        return rng.integers(self.T), rng.permutation(self.n_windows)
 
     def describe(self):
-        return f"{len(self.stream):,} tokens to train on, {self.tok.n_bytes[self.stream[:2**20]].mean():.2f} bytes a token"
+        bytes_a_token = self.tok.n_bytes[self.stream[:2**20]].mean()
+        return f"{len(self.stream):,} tokens to train on, {bytes_a_token:.2f} bytes a token"
 
     def window(self, index):
-        """Window number index of the run: ids (T+1,), counted over all steps, ranks and rows."""
-        stream, phase, order = self._epoch(index // self.n_windows)
+        """ids (T+1,) of window number index, counted over all steps, ranks and rows of the run."""
+        phase, order = self.epoch(index // self.n_windows)
         start = phase + order[index % self.n_windows] * self.T
-        return np.asarray(stream[start:start + self.T + 1], np.int64)
+        return np.asarray(self.stream[start:start + self.T + 1], np.int64)
 
     def row(self, index):
-        objective = replace(self.objective, fim_rate=0) if self.document_level else self.objective
-        return objective.row(self.window(index), self.tok, np.random.default_rng([self.seed, index, 1]))
+        return self.objective(self.window(index), self.tok, np.random.default_rng([self.seed, index, 1]))
 
     def batch(self, step):
         first = (step * self.world + self.rank) * self.B

@@ -1,11 +1,12 @@
 """A GPT, whole.
 
-    ids (B, T) -> token embedding (B, T, C) -> n_layer x [x + attention(norm(x)); x + mlp(norm(x))] -> norm -> logits (B, T, V)
+    ids (B, T) -> token embedding (B, T, C)
+               -> n_layer x [x + attention(norm(x)); x + mlp(norm(x))] -> norm -> logits (B, T, V)
 
-GPT-2's block (Radford et al., 2019) and names, with the causal attention spelled out in causal_attention below. Three
-switches help small models to learn several times faster: rotary positions (Su et al., 2021) in place of GPT-2's learned
-vectors, normalised queries and keys (Henry et al., 2020), and a token shift (Peng et al., 2023).
-B: rows, T: positions, C: n_embd, H: heads, D = C / H: head size, V: vocabulary.
+GPT-2's block (Radford et al., 2019) and names, with causal attention written out in causal_attention below.
+Three switches help small models to learn several times faster: rotary positions (Su et al., 2021) in place of
+GPT-2's learned vectors, normalised queries and keys (Henry et al., 2020), token shift (Peng et al., 2023).
+B: rows, T: positions, C: n_embd, H: n_head, D = C / H: head size, V: vocab_size.
 """
 import math
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-IGNORE = -1  # targets with this value cost nothing; objectives.IGNORE is the same number
+IGNORE = -1  # targets with this value are excluded from the loss; objectives.IGNORE is the same number
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError where it does not fit together."""
+    """The shape of a model. Raises ValueError for a value out of range or values that do not fit together."""
     vocab_size: int
     block_size: int = 256        # T, the longest context
     n_layer: int = 4
@@ -29,7 +30,7 @@ class GPTConfig:
     bias: bool = False           # in linear layers and norms, as GPT-2 has it
     position: str = "rope"       # or learned
     qk_norm: bool = True
-    token_shift: bool = True     # attention reads a quarter of its input from the token before: see shift_tokens
+    token_shift: bool = True     # attention and MLP read a quarter of their input from the previous token
     tied: bool = True            # the output layer shares the token embedding's weights
     gelu: str = "none"           # exact, or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
@@ -47,7 +48,8 @@ class GPTConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"head size n_embd / n_head = {self.n_embd // self.n_head}: expected an even number for rope")
+            raise ValueError(f"head size n_embd / n_head = {self.n_embd // self.n_head}: expected an even "
+                             "number for rope")
 
 
 class GPT(nn.Module):
@@ -63,22 +65,25 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         else:
-            self.register_buffer("rotations", rope_rotations(config.block_size, config.n_embd // config.n_head), False)
+            rotations = rope_rotations(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rotations", rotations, persistent=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
-        # GPT-2's initialisation: N(0, 0.02), and the layers that write into the residual stream smaller, since 2 per
-        # block add up there.
+        # GPT-2's initialisation: standard deviation 0.02, less in the 2 n_layer linear layers whose outputs
+        # add up in the residual stream.
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02)
+                into_residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) ids -> (logits (B, T, V), loss): the mean cross-entropy in nats, or None without targets (B, T).
+        """idx (B, T) ids, targets (B, T) -> logits (B, T, V), loss: the mean cross-entropy in nats, or None
+        without targets. With a KVCache, idx holds only the tokens not yet in the cache.
 
-        With a KVCache, idx holds only the tokens that the cache has not seen. Raises ValueError past block_size."""
+        Raises ValueError if the cached tokens and idx are more than block_size."""
         start = cache.length if cache else 0
         end = start + idx.shape[1]
         if end > self.config.block_size:
@@ -88,7 +93,7 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[start:end]
             rotations = None
         else:
-            rotations = self.rotations[:, start:end]                            # (2, T, D)
+            rotations = self.rotations[:, start:end, None]                      # (2, T, 1, D)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             x = block(x, rotations, cache.layers[i] if cache else None)
@@ -100,7 +105,7 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def n_params(self, embedding=True):
-        """The number of parameters, shared ones once; without token and position embeddings if asked."""
+        """The number of parameters, shared ones once. embedding=False: without wte, wpe and lm_head."""
         outside = {id(p) for name, p in self.named_parameters() if not embedding and
                    name.split(".")[-2] in ("wte", "wpe", "lm_head")}
         return sum(p.numel() for p in self.parameters() if id(p) not in outside)
@@ -109,47 +114,54 @@ class GPT(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.token_shift = config.token_shift
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = SelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, rotations, cache):
-        x = x + self.attn(self.ln_1(x), rotations, cache)
-        return x + self.mlp(self.ln_2(x))
+        for_attn = self.ln_1(x)                                                 # (B, T, C)
+        if self.token_shift:
+            for_attn = shift_tokens(for_attn, cache, "for_attn")
+        x = x + self.attn(for_attn, rotations, cache)
+        for_mlp = self.ln_2(x)
+        if self.token_shift:
+            for_mlp = shift_tokens(for_mlp, cache, "for_mlp")
+        return x + self.mlp(for_mlp)
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)   # q, k and v in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v in one
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
         self.weights = None
         if config.qk_norm:
-            # Normalised, q . k / sqrt(D) is at most sqrt(D): the gain, learned, lets a head be as sure as it needs to be.
+            # Normalised, q . k / sqrt(D) is at most sqrt(D): the learned gain lets a head exceed this bound.
             self.gain = nn.Parameter(torch.full((config.n_head,), 1.5))
 
     def forward(self, x, rotations, cache):
         B, T, C = x.shape
-        if self.config.token_shift:
-            x = shift_tokens(x, cache)
-        qkv = self.c_attn(x).view(B, T, 3, self.config.n_head, -1).permute(2, 0, 3, 1, 4)   # (3, B, H, T, D)
-        qk, v = qkv[:2], qkv[2]
+        H = self.config.n_head
+        qkv = self.c_attn(x).view(B, T, 3 * H, C // H)
+        qk, v = qkv.split((2 * H, H), dim=2)                                    # (B, T, 2H, D), (B, T, H, D)
         if self.config.qk_norm:
             qk = F.rms_norm(qk, qk.shape[-1:])
         if rotations is not None:
             qk = rotate(qk, rotations)
-        q, k = qk                                                               # each (B, H, T, D)
+        q, k = qk.split(H, dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # each (B, H, T, D)
         if self.config.qk_norm:
-            q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain a head
+            q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain per head
         if cache is not None:
             k, v = cache.store("k", k), cache.store("v", v)                     # (B, H, S, D), S >= T
         dropout = self.config.dropout if self.training else 0.0
         if self.config.attention == "manual":
             y, weights = causal_attention(q, k, v, dropout)
-            self.weights = None if self.training else weights                   # (B, H, T, S), for whoever looks
+            self.weights = None if self.training else weights                   # (B, H, T, S), for inspection
         elif T == k.shape[2]:
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
@@ -161,37 +173,37 @@ class SelfAttention(nn.Module):
 def causal_attention(q, k, v, dropout=0.0):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(D) + mask) V (Vaswani et al., 2017, equation 1).
 
-    q (B, H, T, D), k and v (B, H, S, D) -> output (B, H, T, D), weights (B, H, T, S). The queries are the last T of S
-    positions (T = S in training); each sees itself and what comes before it. Each row of weights sums to 1."""
+    q (B, H, T, D), k and v (B, H, S, D) -> output (B, H, T, D), weights (B, H, T, S). The queries are the
+    last T of S positions (T = S in training); each attends to its own position and those before it. Each row
+    of weights sums to 1."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                 # (B, H, T, S)
-    if q.shape[2] > 1:  # the last position sees all
-        scores = scores + causal_mask(q.shape[2], k.shape[2], scores)
+    if q.shape[2] > 1:  # a single query, the last position, attends to all
+        scores += causal_mask(q.shape[2], k.shape[2], scores)                   # in place, to save memory
     weights = F.softmax(scores, dim=-1)
     return F.dropout(weights, dropout) @ v, weights
 
 
 def causal_mask(T, S, like):
-    """(T, S): 0 where query i of the last T positions may see key j, -inf where j comes after it."""
+    """(T, S), the queries at the last T of S positions: 0 up to the query's own position, -inf after it."""
     return torch.full((T, S), float("-inf"), dtype=like.dtype, device=like.device).triu(S - T + 1)
 
 
-def shift_tokens(x, cache=None):
-    """x (B, T, C) -> the same with the first quarter of the channels taken from the token before (RWKV, Peng et al., 2023).
+def shift_tokens(x, cache=None, name=""):
+    """x (B, T, C) -> x with its first C / 4 channels taken from the previous token (RWKV, Peng et al., 2023).
 
-    The cache knows what stands in front of x. Each position then knows which token it follows, so that "the first token
-    after <PRE>", where the suffix begins, or "what came after this word last time" is found by one attention layer in
-    place of two."""
+    Each position then knows which token precedes it, so attention can find "the first token after <PRE>" or
+    "what followed this word before" in one layer instead of two. name: the cache's key for x's channels."""
     T, quarter = x.shape[1], x.shape[-1] // 4
-    moving = cache.store("x", x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
+    moving = cache.store(name, x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
     shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving[:, :-1], (0, 0, 1, 0))
     return torch.cat((shifted, x[..., quarter:]), dim=-1)
 
 
 def cross_entropy(logits, targets):
-    """Mean cross-entropy in nats of logits (N, V) against targets (N,), those that are IGNORE left out.
+    """Mean cross-entropy in nats of logits (N, V) against targets (N,), without those that are IGNORE.
 
-    N x V is by far the largest array of a step. torch.compile fuses the line below so that it never stands in fp32;
-    without it, CrossEntropy sees to that."""
+    The logits are by far the largest array of a step. Neither torch.compile, which fuses the sum below, nor
+    CrossEntropy stores them in fp32."""
     if torch.compiler.is_compiling():
         total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
         return total / (targets != IGNORE).sum().clamp(min=1)
@@ -199,8 +211,8 @@ def cross_entropy(logits, targets):
 
 
 class CrossEntropy(torch.autograd.Function):
-    """cross_entropy, by hand, at a fifth of the time of torch's own on a CPU: the probabilities are made in fp32 a few
-    rows at a time, and all that is kept of them is the gradient, in the logits' own type."""
+    """cross_entropy with its gradient by hand, in a fifth of the time of torch's own on a CPU: probabilities
+    are computed in fp32, a few rows at a time; only the gradient is stored, in the logits' own type."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -208,13 +220,13 @@ class CrossEntropy(torch.autograd.Function):
         n = kept.sum().clamp(min=1)
         loss = torch.zeros((), device=logits.device)
         gradient = torch.empty_like(logits)
-        rows = 2048 if logits.device.type == "cuda" else 256                    # keeps a GPU busy; fills a CPU's cache
-        for some in zip(*(part.split(rows) for part in (logits, targets, kept, gradient))):
-            some_logits, target, keep, out = some
+        rows = 2048 if logits.device.type == "cuda" else 256  # 2048 keep a GPU busy; 256 fit a CPU's cache
+        slices = zip(*(part.split(rows) for part in (logits, targets, kept, gradient)))
+        for logits_slice, target, keep, out in slices:
             target = target.clamp(min=0)[:, None]
-            x = some_logits.float()                                             # (rows, V)
+            x = logits_slice.float()                                            # (rows, V)
             p = F.softmax(x, dim=-1)
-            log_z = x.amax(dim=1) - p.amax(dim=1).log()                         # log sum exp x, as log p = x - log_z
+            log_z = x.amax(dim=1) - p.amax(dim=1).log()                         # log sum exp x = x - log p
             loss += ((log_z - x.gather(1, target)[:, 0]) * keep).sum()
             # d loss / d logits = (softmax(logits) - one_hot(target)) / n
             p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
@@ -224,6 +236,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if torch.is_grad_enabled():  # create_graph=True: the kept gradient is a constant, with derivative 0
+            raise RuntimeError("cross_entropy has no second derivative")
         gradient, = ctx.saved_tensors
         return gradient.mul_(grad_loss), None
 
@@ -241,46 +255,47 @@ class MLP(nn.Module):
 
 
 def rope_rotations(T, D):
-    """cos and, with the signs that rotate needs, sin of every position's angles: (2, T, D).
+    """(2, T, D): cos and sin of every position's angles, sin with the signs that rotate needs.
 
-    Pair i turns by position * 10000^(-2i/D) (RoFormer, section 3.2)."""
+    The angle of pair i is position * 10000^(-2i/D) (RoFormer, section 3.2)."""
     angles = torch.outer(torch.arange(T, dtype=torch.float32), 10000.0 ** (-torch.arange(0, D, 2) / D))
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
 
 def rotate(x, rotations):
-    """x (..., T, D) with each pair (x[i], x[i + D/2]) turned by its position's angle: scores then depend on distance."""
+    """x (B, T, heads, D) with each pair (x[i], x[i + D/2]) rotated by its position's angle; q . k then
+    depends on the distance of the two positions."""
     cos, sin = rotations.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class KVCache:
-    """The keys and values that a model has computed so far, so that generating a token costs one position, not all.
+    """The keys and values computed so far, so that a new token needs a pass over one position, not all.
 
-    length: how many tokens it holds, at most block_size. Set lower, it forgets those behind; they are written over."""
+    length: the number of tokens in the cache, at most block_size. Lowering length drops the last tokens."""
 
     def __init__(self, config):
         self.block_size, self.length = config.block_size, 0
         self.layers = [LayerCache(self) for _ in range(config.n_layer)]
 
     def repeat(self, n):
-        """Each row becomes n neighbouring ones: samples that share a prompt share the pass over it."""
+        """Repeats each row n times, side by side, so that n samples share one pass over their prompt."""
         for layer in self.layers:
             layer.parts = {name: part.repeat_interleave(n, 0) for name, part in layer.parts.items()}
 
 
 class LayerCache:
-    """One layer's k and v (B, H, block_size, D), and what the positions before are needed for besides attention: x (B,
-    block_size, C / 4) in shift_tokens.
+    """One layer's k and v, each (B, H, block_size, D), and shift_tokens' for_attn and for_mlp, each
+    (B, block_size, C / 4).
 
-    Each is allocated whole when it is first used: a new token is then written in its place, and nothing is copied."""
+    Each is allocated whole at first use; a new token is written in its place, without copying the others."""
 
     def __init__(self, cache):
         self.cache, self.parts = cache, {}
 
     def store(self, name, new):
-        """new (..., T, D), of the T tokens after the cache's S -> (..., S + T, D): the same of all of them."""
+        """Stores new (..., T, D), of the T tokens after the S in the cache -> (..., S + T, D), of all."""
         S, T = self.cache.length, new.shape[-2]
         if name not in self.parts:
             self.parts[name] = new.new_empty(*new.shape[:-2], self.cache.block_size, new.shape[-1])

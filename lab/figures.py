@@ -1,16 +1,18 @@
-"""Draws what evaluate.py measured, from its results alone. matplotlib is wanted here and nowhere else.
+"""Draws what evaluate.py measured, from its results alone. matplotlib is used here and nowhere else.
 
-    needle.png       share of values recalled, and preferred to another, context length x depth, for each checkpoint
-    multidoc.png     the same by the position of the record that holds the answer
+    python -m lab.figures out/eval/results.json figures      draws them again
+
+    needle.png       share of values recalled, and preferred to another, by context length and depth
+    records.png      the same by the position of the record that holds the answer
     answers.png      bits per byte of held-out answers over the epochs of fine-tuning
     attention.png    shares of the last token's attention on the four parts of a text
-    head-NAME.png    one head's attention weights, tokens on the axes
 """
 import json
-import sys
 from pathlib import Path
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # told apart by all (Paul Tol)
+from cli import Parser, one_line_errors
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")  # Paul Tol's
 
 
 def pyplot():
@@ -18,7 +20,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--figures needs matplotlib, which is not installed: pip install matplotlib") from None
+        raise ValueError("--figures needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot
@@ -28,30 +30,26 @@ def draw(results, folder):
     """{checkpoint: {task: figures}}, as in results.json -> the list of PNGs written below folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plt = pyplot()
-    drawings = {}
-    for task, drawing in (("needle", needle), ("multidoc", multidoc), ("attention", attention)):
-        measured = {name: tasks[task] for name, tasks in results.items() if task in tasks}
-        if measured and all(figures.get("grid", True) for figures in measured.values()):
-            drawings[f"{task}.png"] = drawing(plt, measured)
-    curves = {name: tasks["answers"]["curve"] for name, tasks in results.items() if tasks.get("answers", {}).get("curve")}
-    if curves:
-        drawings["answers.png"] = answers(plt, curves)
-    for name, tasks in results.items():
-        if "attention" in tasks:
-            drawings[f"head-{name}.png"] = head(plt, name, tasks["attention"]["heatmap"])
-    for name, figure in drawings.items():
-        figure.savefig(folder / name, dpi=150)
-        plt.close(figure)
-    return [folder / name for name in drawings]
+    paths = []
+    for task, drawing, needs in (("needle", needle, "grid"), ("records", records, "grid"),
+                                 ("answers", answers, "curve"), ("attention", attention, None)):
+        measured = {name: tasks[task] for name, tasks in results.items()
+                    if task in tasks and (needs is None or tasks[task].get(needs))}
+        if measured:
+            figure = drawing(plt, measured)
+            paths.append(folder / f"{task}.png")
+            figure.savefig(paths[-1], dpi=150)
+            plt.close(figure)
+    return paths
 
 
 def needle(plt, measured):
     fig, axes = plt.subplots(2, len(measured), figsize=(1.6 + 2.9 * len(measured), 5.6), layout="constrained",
                              squeeze=False, sharex=True, sharey=True)
     for column, (name, figures) in enumerate(measured.items()):
-        lengths, depths = (sorted({cell[key] for cell in figures["grid"]}) for key in ("length", "depth"))
+        lengths, depths = (sorted({cell[key] for cell in figures["grid"]}) for key in ("number", "position"))
         for row, key in enumerate(("recalled", "preferred")):
-            values = {(cell["length"], cell["depth"]): 100 * cell[key]["mean"] for cell in figures["grid"]}
+            values = {(cell["number"], cell["position"]): 100 * cell[key]["mean"] for cell in figures["grid"]}
             grid = [[values.get((length, depth), float("nan")) for length in lengths] for depth in depths]
             axes[row, column].imshow(grid, cmap="YlGn", vmin=0, vmax=100, aspect="auto")
             for i, line in enumerate(grid):
@@ -68,13 +66,13 @@ def needle(plt, measured):
     return fig
 
 
-def multidoc(plt, measured):
-    counts = sorted({cell["records"] for figures in measured.values() for cell in figures["grid"]})
-    fig, axes = plt.subplots(2, len(counts), figsize=(1.5 + 2.6 * len(counts), 5), layout="constrained", squeeze=False,
-                             sharex="col", sharey="row")
+def records(plt, measured):
+    counts = sorted({cell["number"] for figures in measured.values() for cell in figures["grid"]})
+    fig, axes = plt.subplots(2, len(counts), figsize=(1.5 + 2.6 * len(counts), 5), layout="constrained",
+                             squeeze=False, sharex="col", sharey="row")
     for column, k in enumerate(counts):
         for number, (name, figures) in enumerate(measured.items()):
-            cells = [cell for cell in figures["grid"] if cell["records"] == k]
+            cells = [cell for cell in figures["grid"] if cell["number"] == k]
             positions = [cell["position"] for cell in cells]
             for axis, key in zip(axes[:, column], ("recalled", "preferred")):
                 means, errors = ([100 * (cell[key][part] or 0) for cell in cells] for part in ("mean", "se"))
@@ -90,10 +88,11 @@ def multidoc(plt, measured):
     return fig
 
 
-def answers(plt, curves):
+def answers(plt, measured):
     fig, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for number, (name, curve) in enumerate(curves.items()):
-        axis.plot(*zip(*curve), marker="o", markersize=3, label=name, color=COLOURS[number % len(COLOURS)])
+    for number, (name, figures) in enumerate(measured.items()):
+        axis.plot(*zip(*figures["curve"]), marker="o", markersize=3, label=name,
+                  color=COLOURS[number % len(COLOURS)])
     axis.set(xlabel="epochs of fine-tuning", ylabel="held-out answers, bits per byte")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
@@ -106,8 +105,9 @@ def attention(plt, measured):
     width = 0.8 / len(measured)
     for number, (name, figures) in enumerate(measured.items()):
         places = [i + (number - (len(measured) - 1) / 2) * width for i in range(len(segments))]
-        means, errors = ([100 * (figures[segment][key] or 0) for segment in segments] for key in ("mean", "se"))
-        axis.bar(places, means, width, yerr=errors, label=name, capsize=3, color=COLOURS[number % len(COLOURS)])
+        means, errors = ([100 * (figures[name][key] or 0) for name in segments] for key in ("mean", "se"))
+        axis.bar(places, means, width, yerr=errors, label=name, capsize=3,
+                 color=COLOURS[number % len(COLOURS)])
     axis.set_xticks(range(len(segments)), [segment.removeprefix("share of ") for segment in segments])
     axis.set_ylabel("last token's attention, %")
     axis.grid(axis="y", alpha=0.3)
@@ -116,18 +116,14 @@ def attention(plt, measured):
     return fig
 
 
-def head(plt, name, heatmap):
-    labels = [label.replace("\n", "⏎").replace(" ", "·") for label in heatmap["labels"]]
-    size = 2 + 0.17 * len(labels)
-    fig, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
-    past = [row[:i + 1] + [float("nan")] * (len(row) - i - 1) for i, row in enumerate(heatmap["weights"])]
-    image = axis.imshow(past, cmap="magma_r", vmin=0)
-    for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
-        set_ticks(range(len(labels)), labels, rotation=rotation, fontsize=6.5, family="monospace")
-    axis.set(title=f"{name}, {heatmap['title']}", xlabel="looks at", ylabel="token")
-    fig.colorbar(image, ax=axis, label="attention weight", shrink=0.7)
-    return fig
+@one_line_errors
+def main(arguments=None):
+    parser = Parser(description="Draws the figures of a results.json of lab.evaluate.")
+    parser.add_argument("results", type=Path, help="its path")
+    parser.add_argument("folder", type=Path, help="where to write the PNGs")
+    args = parser.parse_args(arguments)
+    print(*draw(json.loads(args.results.read_text())["results"], args.folder))
 
 
-if __name__ == "__main__":  # python figures.py results.json DIR draws them again
-    print(*draw(json.loads(Path(sys.argv[1]).read_text())["results"], Path(sys.argv[2])))
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,21 @@
-"""GPT-2's published weights (Radford et al., 2019), in and out, in the form that Hugging Face's transformers gives them.
+"""GPT-2's published weights (Radford et al., 2019), in and out, in the form that Hugging Face's transformers
+gives them.
 
-    python train.py --init-from model.safetensors --objective fim_spm     in: .safetensors or .bin, or a folder with one
-    python gpt2.py out/gpt2 folder                                        out: what GPT2LMHeadModel.from_pretrained loads
+    python train.py --init-from model.safetensors      in: a .safetensors or .bin, or the folder with one
+    python -m lab.gpt2 out/gpt2 folder                 out: a folder for GPT2LMHeadModel.from_pretrained
 
-The names are model.py's but for the "transformer." in front, which published files lack; the matrices of linear layers are
-transposed (in, out). A .safetensors is a header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape,
-offsets) and the numbers, one tensor behind the other.
+The names are model.py's but for the "transformer." in front, which published files lack; the matrices of
+linear layers are transposed (in, out). A .safetensors is a header's length (8 bytes, little-endian), the
+header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor behind the other.
 """
 import json
 from pathlib import Path
 
 import torch
 
+from cli import Parser, load_tensors, one_line_errors
 from data import Tokenizer
-from sample import Parser, load_model, load_tensors, one_line_errors
+from sample import load_model
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files hold
@@ -21,51 +23,59 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_gpt2(path):
-    """A file or folder of GPT-2's weights -> {"model", "model_config", "tokenizer"}, as in a checkpoint of train.py.
+    """A file or folder of GPT-2's weights -> {"model", "model_config", "tokenizer"}, as in a checkpoint of
+    train.py.
 
-    The shape is read off the weights; the number of heads off a config.json beside them, or it is n_embd / 64, as in all
-    of GPT-2's sizes. <PRE> <SUF> <MID> <MASK>, which GPT-2 lacks, get the mean of its embeddings (its <|endoftext|> is
-    our <EOT>). Raises OSError where the file is damaged or holds something else."""
+    The shape is read off the weights; the number of heads off a config.json beside them, or it is n_embd /
+    64, as in all of GPT-2's sizes. <PRE> <SUF> <MID> <MASK>, which GPT-2 lacks, get the mean of its
+    embeddings (its <|endoftext|> is our <EOT>). Raises OSError where the file is damaged or holds something
+    else."""
     path = Path(path)
     if path.is_dir():
-        found = [f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()]
-        if not found:
-            raise OSError(f"--init-from {path}: expected ckpt.pt, model.safetensors or pytorch_model.bin in it")
-        path = found[0]
+        files = [f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()]
+        if not files:
+            raise OSError(f"--init-from {path}: expected ckpt.pt, model.safetensors or "
+                          "pytorch_model.bin in it")
+        path = files[0]
     try:
         weights = (read_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
-        weights = {name.removeprefix("transformer."): w.float() for name, w in weights.items() if not name.endswith(BUFFERS)}
+        weights = {name.removeprefix("transformer."): w.float() for name, w in weights.items()
+                   if not name.endswith(BUFFERS)}
         weights.pop("lm_head.weight", None)  # GPT-2 shares it with the embedding
         block_size, n_embd = weights["wpe.weight"].shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
     except FileNotFoundError:
-        raise OSError(f"--init-from {path}: no such file; expected a run's folder, or GPT-2's weights") from None
+        raise OSError(f"--init-from {path}: no such file; expected a run, or GPT-2's weights") from None
     except (RuntimeError, AttributeError, ValueError, KeyError, TypeError) as error:
-        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({why})") from None
     beside, n_head = path.parent / "config.json", max(1, n_embd // 64)
     if beside.is_file():
         n_head = json.loads(beside.read_text()).get("n_head", n_head)
     tok, wte = Tokenizer.gpt2(), weights["wte.weight"]
     if len(wte) != tok.n_vocab:
         if len(wte) != tok.eot + 1:
-            raise OSError(f"--init-from {path}: its vocabulary has {len(wte):,} tokens, GPT-2's {tok.eot + 1:,}")
+            raise OSError(f"--init-from {path}: a vocabulary of {len(wte):,} tokens, GPT-2's {tok.eot + 1:,}")
         weights["wte.weight"] = torch.cat((wte, wte.mean(0, keepdim=True).expand(tok.n_vocab - len(wte), -1)))
-    state = {f"transformer.{name}": w.T.contiguous() if name.endswith(LINEAR) else w for name, w in weights.items()}
+    state = {f"transformer.{name}": w.T.contiguous() if name.endswith(LINEAR) else w
+             for name, w in weights.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size, "position": "learned",
-             "qk_norm": False, "token_shift": False, "tied": True, "bias": True, "gelu": "tanh"}
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size,
+             "position": "learned", "qk_norm": False, "token_shift": False, "tied": True, "bias": True,
+             "gelu": "tanh"}
     return {"model": state, "model_config": {"vocab_size": tok.n_vocab, **shape}, "tokenizer": tok.to_dict()}
 
 
 def save_gpt2(model, folder, eot):
-    """Writes config.json and model.safetensors. Raises ValueError for a model that GPT-2's architecture does not cover."""
+    """Writes config.json and model.safetensors. Raises ValueError for a model of another architecture."""
     c = model.config
     for name, wanted in (("position", "learned"), ("qk_norm", False), ("token_shift", False), ("bias", True)):
         if getattr(c, name) != wanted:
-            raise ValueError(f"GPT-2 has {name} {wanted}, this model {getattr(c, name)}; train with --preset gpt2, or with "
-                             "--position learned --no-qk-norm --no-token-shift --bias")
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size, "n_positions": c.block_size,
-              "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head, "tie_word_embeddings": c.tied,
+            raise ValueError(f"GPT-2 has {name} {wanted}, this model {getattr(c, name)}; train with "
+                             "--preset gpt2, or with --position learned --no-qk-norm --no-token-shift --bias")
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+              "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
+              "tie_word_embeddings": c.tied,
               "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
               "bos_token_id": eot, "eos_token_id": eot}
     state = {name: w.T if name.endswith(LINEAR) else w for name, w in model.state_dict().items()
@@ -90,8 +100,8 @@ def read_safetensors(path):
 def write_safetensors(path, tensors):
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + 4 * tensor.numel()]}
-        end += 4 * tensor.numel()
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as f:
@@ -102,7 +112,7 @@ def write_safetensors(path, tensors):
 
 @one_line_errors
 def main(arguments=None):
-    parser = Parser(description="Writes a run as a folder that transformers.GPT2LMHeadModel.from_pretrained loads.")
+    parser = Parser(description="Writes a run as a folder that Hugging Face's transformers loads.")
     parser.add_argument("ckpt", help="the run's folder")
     parser.add_argument("folder", help="where to write config.json and model.safetensors")
     args = parser.parse_args(arguments)

@@ -1,11 +1,13 @@
 """Fine-tuning data: from pairs of texts to batches.
 
-    records -> pairs (prompt, answer) -> ids -> rows of whole examples -> batch
+    records -> pairs (prompt, answer) -> examples -> rows of whole examples -> batch
 
-    pairs   of one of the forms in read_pairs, or the standard library's functions: signature and docstring -> body
-    row     examples (objectives.answer_example) one behind the other, as many as fit, then padding without loss:
+    pairs     in a form of read_pairs, or the standard library's functions: signature and docstring -> body
+    example   ids of  prompt <MID> answer <EOT>,  at most half of the context: a masked copy fits behind it
+    row       what the objective makes of whole examples, one behind the other, then padding:
 
-            prompt <MID> answer <EOT> prompt <MID> answer <EOT> <EOT> <EOT>          no example is cut in two
+              inputs    p p <MID> a a a <EOT>  p p p <MID> a a <EOT>  <EOT> <EOT>         T of them
+              targets   . . a     a a <EOT> .  . . . a     a <EOT> .  .     .             . is IGNORE
 """
 import ast
 import textwrap
@@ -15,32 +17,53 @@ from functools import lru_cache
 import numpy as np
 
 from data import Batches, is_held_out, iter_documents, make_tokenizer, read_records, source_files, split_lines
-from objectives import example_length, fit_pair
+from objectives import IGNORE, sft
 
 
-def prepare_pairs(source="functions", tokenizer="bpe", vocab_size=2048, tok=None):
-    """source -> (Tokenizer, training pairs, held-out pairs), lists of (prompt, answer) as lists of ids.
+def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed, rank=0,
+                  world=1):
+    """-> (Tokenizer, PairBatches, held_out_rows).
 
-    source: functions, or a file, folder or glob of .json[l][.gz]. tok: an existing Tokenizer in place of a new one. 5% are
-    held out by a hash of the pair; of functions by a hash of the file they stand in, so that a model trained on the
-    standard library has not read them. Raises ValueError or OSError with a sentence for the user."""
-    if source in ("stdlib", "prose", "site-packages"):
-        raise ValueError(f"--data {source}: plain text; fine-tuning needs functions, or a .jsonl or .json of pairs")
-    found = function_pairs() if source == "functions" else [
-        (pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
-    held_out = {text: is_held_out(text) for text in {text for _, text in found}}
-    sides = {held: [pair for pair, text in found if held_out[text] == held] for held in (False, True)}
-    if not sides[False]:
+    source: functions, or a file, folder or glob of .json[l][.gz]. tok: None, or a Tokenizer in place of a new
+    one. objective: sft or meap_sft with its knobs bound. held_out_rows(n): at most n rows, (inputs, targets)
+    of T ids each, laid out by sft whatever the objective, so that one figure compares both. Raises ValueError
+    or OSError."""
+    training, held_out = load_pairs(source)
+    tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in training for text in pair))
+    training, held_out = encode_pairs(training, tok), encode_pairs(held_out, tok)
+    batches = PairBatches(training, objective, tok, block_size, batch_size, seed, rank, world)
+    examples, _, _ = fit_examples(held_out, tok, block_size)
+    rows = pack([len(ids) for ids in examples], block_size)
+
+    def held_out_rows(n):
+        chosen = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
+        return [lay_out([examples[i] for i in rows[k]], sft, tok, block_size, None) for k in chosen]
+
+    return tok, batches, held_out_rows
+
+
+def load_pairs(source):
+    """source -> (training pairs, held-out pairs), lists of (prompt, answer) as texts.
+
+    5% are held out by a hash of the pair; of functions by a hash of the file they stand in, so that a model
+    trained on the standard library has not read them. Raises ValueError or OSError."""
+    if source in ("stdlib", "site-packages"):
+        raise ValueError(f"--data {source}: plain text; expected functions, or a .jsonl or .json of pairs")
+    if source == "functions":
+        with_key = function_pairs()
+    else:
+        with_key = [(pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
+    keys = {key: is_held_out(key) for key in {key for _, key in with_key}}
+    training = [pair for pair, key in with_key if not keys[key]]
+    if not training:
         raise ValueError(f"--data {source}: no pairs to train on in it")
-    tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in sides[False] for text in pair))
-    encoded = [list(zip(*(tok.encode_batch(list(texts)) for texts in zip(*sides[held])))) for held in (False, True)]
-    return tok, *encoded
+    return training, [pair for pair, key in with_key if keys[key]]
 
 
 @lru_cache(maxsize=1)
 def function_pairs():
     """The functions of the standard library that have a docstring: [((prompt, answer), text of the file)]."""
-    found = []
+    pairs = []
     for text in iter_documents("stdlib"):
         try:
             nodes = list(ast.walk(ast.parse(text)))
@@ -48,71 +71,81 @@ def function_pairs():
             continue
         lines = split_lines(text)
         for node in nodes:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) and node.body[1:]:
+            is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if is_function and ast.get_docstring(node) and node.body[1:]:
                 code = split_lines(textwrap.dedent("".join(lines[node.lineno - 1:node.end_lineno])))
                 n = node.body[0].end_lineno - node.lineno + 1
-                found.append((("".join(code[:n]), "".join(code[n:])), text))
-    return found
+                pairs.append((("".join(code[:n]), "".join(code[n:])), text))
+    return pairs
 
 
 def read_pairs(path):
     """The pairs of a .jsonl or .json (one list), or either .gz, whose records have one of these forms:
 
         {"prompt", "answer"}
-        {"instruction", "output"} and perhaps "input"                 Alpaca: prompt = instruction, blank line, input
-        {"conversations": [{"from", "value"}, ...]}                   ShareGPT: a pair for each answer; what was said
-                                                                      before, with blank lines between, is its prompt
+        {"instruction", "output"} and perhaps "input"     Alpaca: prompt = instruction, blank line, input
+        {"conversations": [{"from", "value"}, ...]}       ShareGPT: a pair for each answer; its prompt is the
+                                                          turns before it, with blank lines between
     Raises ValueError with the number of the line (in a .json, of the record)."""
     if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        raise ValueError(f"--data {path}: is no .jsonl or .json of pairs, which fine-tuning needs (or functions)")
+        raise ValueError(f"--data {path}: is no .jsonl or .json of pairs; expected one, or functions")
     for place, record in read_records(path, "--data"):
         try:
             pairs = pairs_of(record)
-            yield from (pair for pair in pairs if pair[1].strip())
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"--data {path}: {place} is no pair: expected texts as prompt and answer, instruction and "
-                             "output, or conversations of from and value") from None
+            pairs = [(None, None)]
+        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            raise ValueError(f"--data {path}: {place} is no pair: expected texts as prompt and answer, "
+                             "instruction and output, or conversations of from and value")
+        for prompt, answer in pairs:
+            if answer.strip():
+                yield prompt, answer
 
 
 def pairs_of(record):
     if "prompt" in record:
-        return [(record["prompt"] + "", record["answer"] + "")]
+        return [(record["prompt"], record["answer"])]
     if "instruction" in record:
-        return [("\n\n".join(filter(None, (record["instruction"], record.get("input")))), record["output"] + "")]
+        return [("\n\n".join(filter(None, (record["instruction"], record.get("input")))), record["output"])]
     turns = record["conversations"]
-    return [("\n\n".join(turn["value"] for turn in turns[:i]), turn["value"] + "")
+    return [("\n\n".join(turn["value"] for turn in turns[:i]), turn["value"])
             for i, turn in enumerate(turns) if i and turn["from"] not in ("human", "user", "system")]
 
 
-class PairBatches(Batches):
-    """data.Batches of pairs: batch(step) -> (inputs, targets), int64 arrays (B, T), a pure function of (seed, step, rank).
+def encode_pairs(pairs, tok):
+    """[(prompt, answer)] as texts -> the same as lists of ids."""
+    prompts, answers = (tok.encode_batch([pair[side] for pair in pairs]) for side in (0, 1))
+    return list(zip(prompts, answers))
 
-    Examples are packed into rows once; each epoch draws an order of the rows, and each row its masks, afresh. n_windows
-    is the number of rows in an epoch, n_cut that of the pairs that were too long for a row."""
 
-    def __init__(self, pairs, objective, tok, block_size, batch_size, seed, rank=0, world=1):
-        self.objective, self.tok, self.T, self.B = objective, tok, block_size, batch_size
-        self.seed, self.rank, self.world = seed, rank, world
-        self.pairs = [fit_pair(*pair, objective, block_size) for pair in pairs]
-        self.n_cut = sum(before != after for before, after in zip(pairs, self.pairs))
-        self.rows = pack([example_length(*pair, objective, block_size) for pair in self.pairs], block_size)
-        self.n_windows = len(self.rows)
-        self._epoch = lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng([seed, epoch, 0]).permutation(self.n_windows))
+def fit_examples(pairs, tok, block_size):
+    """Pairs of ids -> (examples, how many of them had a prompt cut on its left, how many pairs were left
+    out).
 
-    def describe(self):
-        cut = f", {self.n_cut:,} of them cut to fit" if self.n_cut else ""
-        return f"{len(self.pairs):,} pairs to train on in {self.n_windows:,} rows{cut}"
+    An example has at most block_size // 2 ids; a pair whose answer alone has more is left out."""
+    examples, n_cut = [], 0
+    for prompt, answer in pairs:
+        room = block_size // 2 - len(answer) - 2  # for the prompt, beside <MID> and <EOT>
+        if room >= 0:
+            n_cut += len(prompt) > room
+            examples.append(np.array([*prompt[max(0, len(prompt) - room):], tok.mid, *answer, tok.eot]))
+    return examples, n_cut, len(pairs) - len(examples)
 
-    def row(self, index):
-        row = self.rows[self._epoch(index // self.n_windows)[index % self.n_windows]]
-        return self.objective.answer_row([self.pairs[i] for i in row], self.T, self.tok,
-                                         np.random.default_rng([self.seed, index, 1]))
+
+def lay_out(examples, objective, tok, T, rng):
+    """Examples -> a row, inputs (T,) and targets (T,). The <EOT> that ends an example is the input that
+    separates it from the next one, which is not to be predicted from it."""
+    inputs, targets, start = np.full(T, tok.eot), np.full(T, IGNORE), 0
+    for ids in examples:
+        x, y = objective(ids, tok, rng)
+        inputs[start:start + len(x)], targets[start:start + len(x)] = x, y
+        start += len(x) + 1
+    return inputs, targets
 
 
 def pack(lengths, T):
-    """Lengths of examples, each at most T -> rows, lists of their numbers, that fill at most T (best fit, the longest
-    first: each goes where it leaves the least room)."""
+    """Lengths of examples, each at most T -> rows, lists of their numbers, that fill at most T (best fit, the
+    longest first: each goes where it leaves the least room)."""
     rows, with_room = [], defaultdict(list)  # with_room: {tokens left: [row]}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         room = next((room for room in range(lengths[i], T + 1) if with_room[room]), None)
@@ -124,3 +157,40 @@ def pack(lengths, T):
         row.append(i)
         with_room[room - lengths[i]].append(row)
     return rows
+
+
+class PairBatches(Batches):
+    """data.Batches of pairs of ids: batch(step) -> (inputs, targets), int64 arrays (B, T), a pure function of
+    (seed, step, rank). Examples are packed into rows once; each epoch draws an order of the rows, and each
+    row its masks, afresh.
+
+    stream: the examples. n_windows: rows in an epoch."""
+
+    def __init__(self, pairs, objective, tok, block_size, batch_size, seed, rank=0, world=1):
+        self.objective, self.tok, self.T, self.B = objective, tok, block_size, batch_size
+        self.seed, self.rank, self.world = seed, rank, world
+        self.stream, self.n_cut, self.n_left_out = fit_examples(pairs, tok, block_size)
+        if not self.stream:
+            raise ValueError(f"--block-size {block_size}: expected one whose half holds an answer")
+        # the masks differ from draw to draw, the length does not; 1 is for the separator
+        lengths = [len(objective(ids, tok, np.random.default_rng(0))[0]) + 1 for ids in self.stream]
+        self.n_copied = sum(length > len(ids) for length, ids in zip(lengths, self.stream))
+        self.rows = pack(lengths, block_size)
+        self.n_windows = len(self.rows)
+        self.epoch = lru_cache(maxsize=2)(self.draw_epoch)
+
+    def describe(self):
+        n, left_out = len(self.stream), ""
+        if self.n_left_out:
+            left_out = f"; {self.n_left_out:,} left out, whose answers do not fit half a row"
+        return (f"{n:,} pairs to train on in {self.n_windows:,} rows, {self.n_copied / n:.0%} with a masked "
+                f"copy, {self.n_cut / n:.0%} with a cut prompt{left_out}")
+
+    def draw_epoch(self, epoch):
+        return np.random.default_rng([self.seed, epoch, 0]).permutation(self.n_windows)
+
+    def row(self, index):
+        """Row number index of the run, counted over all steps, ranks and rows."""
+        numbers = self.rows[self.epoch(index // self.n_windows)[index % self.n_windows]]
+        rng = np.random.default_rng([self.seed, index, 1])
+        return lay_out([self.stream[i] for i in numbers], self.objective, self.tok, self.T, rng)

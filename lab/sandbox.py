@@ -1,12 +1,13 @@
 """Runs Python that nobody has read, such as a model's completions, in a process of its own, with limits.
 
-    run("x = 1 + 1")                                    -> Outcome(ok=True, ...)
-    run(source, "heapq", {"merge": docstring})          the source as module heapq, then the examples of the docstring
+    run("x = 1 + 1")                                -> Outcome(ok=True, ...)
+    run(source, "heapq", {"merge": docstring})      the source as module heapq, then a docstring's examples
 
-The process has a time and a memory limit and an empty folder, and an audit hook (PEP 578) refuses sockets, other
-processes, ctypes, writing outside the folder and any other change to the file system. That is a guard against
-accidents: an endless loop, a hungry list, a stray open(..., "w"). It is no wall against malice: code in the same
-process can undo what Python does, and reading files is allowed. Code from strangers belongs in a container.
+The process has a time and a memory limit and an empty folder, and an audit hook (PEP 578) refuses sockets,
+other processes, ctypes, writing outside the folder and any other change to the file system. That is a guard
+against accidents: an endless loop, a hungry list, a stray open(..., "w"). It is no wall against malice: code
+in the same process can undo what Python does, and reading files is allowed. Code from strangers belongs in a
+container.
 """
 import json
 import math
@@ -19,7 +20,8 @@ import tempfile
 from typing import NamedTuple
 
 OUTPUT = 2**20  # bytes that a program may print, or write into a file
-REFUSED = ("socket.", "subprocess.", "os.", "shutil.", "ctypes.", "pty.", "resource.", "signal.", "winreg.", "_winapi.")
+REFUSED = ("socket.", "subprocess.", "os.", "shutil.", "ctypes.", "pty.", "resource.", "signal.",
+           "winreg.", "_winapi.")
 HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv")
 
 
@@ -31,19 +33,22 @@ class Outcome(NamedTuple):
 
 
 def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29):
-    """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in it, each
-    in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without program[start:end].
+    """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in
+    it, each in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without
+    program[start:end].
 
-    timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes of address
-    space. Both hold where the system knows such limits. Whatever the program does, nothing is raised here."""
+    timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes
+    of address space. Both hold where the system knows such limits. Whatever the program does, nothing is
+    raised here."""
     if holes is None:
         holes = {name: (0, 0, name) for name in docstrings or ()} or {"program": (0, 0, None)}
-    job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes, "trace": trace,
-           "timeout": timeout, "memory": memory, "token": secrets.token_hex(16)}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, "-I", "-B", __file__], stdin=subprocess.PIPE, stdout=output,
-                                   stderr=subprocess.STDOUT, cwd=folder, start_new_session=True,
-                                   env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ})
+    job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes,
+           "trace": trace, "timeout": timeout, "memory": memory, "token": secrets.token_hex(16)}
+    env = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
+    temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    with temporary as folder, tempfile.TemporaryFile() as output:
+        process = subprocess.Popen([sys.executable, "-I", "-B", __file__], cwd=folder, env=env, stdout=output,
+                                   stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             process.communicate(json.dumps(job).encode(), 10 * timeout)
         except subprocess.TimeoutExpired:
@@ -56,14 +61,16 @@ def run(program, module="__main__", docstrings=None, holes=None, trace=False, ti
         printed, _, verdict = output.read(2 * OUTPUT).decode("utf-8", "replace").partition(job["token"])
     if not verdict:
         stopped = process.returncode in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
-        why = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over" if stopped else ""
-        return Outcome(False, {}, {}, why or printed.strip()[-300:] or f"left early, with status {process.returncode}")
+        if stopped:
+            printed = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over"
+        why = printed.strip()[-300:] or f"left early, with status {process.returncode}"
+        return Outcome(False, {}, {}, why)
     passed, lines = json.loads(verdict)
     return Outcome(all(passed.values()), passed, lines, printed.strip()[-300:])
 
 
 def child():
-    """What the process does: reads the job, limits itself, runs it, and prints the token and the verdict last."""
+    """What the process does: reads the job, limits itself, runs it, and prints token and verdict."""
     import doctest
     import traceback
     import types
@@ -88,7 +95,8 @@ def child():
             if many:
                 signal.setitimer(signal.ITIMER_PROF, 2, 2)
             if (start, end) not in code:
-                code = {(start, end): compile(job["program"][:start] + job["program"][end:], filename, "exec")}
+                program = job["program"][:start] + job["program"][end:]
+                code = {(start, end): compile(program, filename, "exec")}
             module = sys.modules[name] = types.ModuleType(name)
             module.__file__ = filename
             exec(code[start, end], module.__dict__)
@@ -119,16 +127,17 @@ def limit(seconds, memory):
         import resource
     except ImportError:  # Windows
         return
-    for name, most in {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT,
+    for name, bound in {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT,
                        "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}.items():
         try:
-            resource.setrlimit(getattr(resource, name), (most, most))
+            resource.setrlimit(getattr(resource, name), (bound, bound))
         except (AttributeError, OSError, ValueError):
             pass
 
 
 def guard(folder):
-    """The audit hook: raises PermissionError at what the top of this file lists. Files may be written below folder."""
+    """The audit hook: raises PermissionError at what the top of this file lists. Files may be written below
+    folder."""
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     inside = os.path.join(folder, "")
 

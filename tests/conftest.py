@@ -1,20 +1,19 @@
-"""What the tests share: the repository on the path, a small corpus of real Python files, its tokenizer and stream."""
+"""What the tests share: the repository on sys.path, a corpus of real Python files, tokenizers and streams."""
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread only waits
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Tokenizer  # noqa: E402
 
-MODULES = ("argparse ast base64 bisect calendar cmd configparser contextlib csv fnmatch functools glob json.decoder "
-           "json.encoder keyword queue shlex string tempfile textwrap").split()
+MODULES = ("argparse ast base64 bisect calendar cmd configparser contextlib csv fnmatch functools glob "
+           "json.decoder json.encoder keyword queue shlex string tempfile textwrap").split()
 LANGUAGES = """All human beings are born free and equal in dignity and rights.
 Все люди рождаются свободными и равными в своем достоинстве и правах.
 すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等である。
@@ -37,31 +36,33 @@ def tok(documents):
 
 @pytest.fixture(scope="session")
 def stream(documents, tok):
-    """doc <EOT> doc <EOT> ... as uint16."""
+    """doc <EOT> doc <EOT> ... as a uint16 array (N,)."""
     return as_stream(documents, tok)
 
 
 @pytest.fixture(scope="session")
 def corpora(documents, tok, stream):
-    """dict: name -> (tokenizer, stream): English and multi-byte text, each in learned tokens and in single bytes."""
+    """{name: (tokenizer, stream)}: code and multi-byte text, each in BPE tokens and in single bytes."""
     single, learned = Tokenizer.bytes(), Tokenizer.train([LANGUAGES], 380)
     return {"code": (tok, stream), "code in bytes": (single, as_stream(documents[2:6], single)),
             "languages": (learned, as_stream([LANGUAGES] * 20, learned)),
             "languages in bytes": (single, as_stream([LANGUAGES] * 20, single))}
 
 
-class NoFloat64(TorchDispatchMode):
-    """A CPU that, like Apple's MPS, has no 64-bit floats: an operation that meets one fails."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        found = [part for part in tree_leaves((args, kwargs, result)) if isinstance(part, torch.Tensor)]
-        assert all(part.dtype != torch.float64 for part in found), f"{func} meets a 64-bit float"
-        return result
-
-
 @pytest.fixture
 def no_float64():
+    """Like Apple's MPS, fails at every torch operation on a 64-bit float."""
+    import torch  # here, since the tests of data.py and objectives.py need no torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [part for part in tree_leaves((args, kwargs, result)) if isinstance(part, torch.Tensor)]
+            assert all(part.dtype != torch.float64 for part in tensors), f"{func} meets a 64-bit float"
+            return result
+
     with NoFloat64():
         yield
 

@@ -1,22 +1,88 @@
-"""What the papers and DESIGN.md say about a training row, checked on real text.
+"""What the papers say about a training row, checked on real text, over whatever stands in OBJECTIVES.
 
-readings() at the bottom parses a FIM example back to its parts; it knows the layouts from the paper alone."""
+The worked example shows every objective on eight letters. readings() at the bottom parses a FIM example back
+to its parts; it knows the layouts from the paper alone."""
 import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
-from itertools import product
-from math import log, nan
+from itertools import combinations_with_replacement, product
+from math import comb, nan
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import LANGUAGES, as_stream
 
-from objectives import OBJECTIVES, Objective, fim_documents, fim_example, fim_prompt, mask_inputs, pieces, split_middle
+from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, fim, fim_documents, fim_example, fim_meap, fim_prompt,
+                        fragments, knobs_of, mask, meap, meap_sft, ntp, sft, split)
 
 LAYOUTS = ("swapped", "labelled", "joint")
+SPANS = ("char", "token", "line")
+TEXT = "a b c d e f g h <EOT>"
+PAIR = "a b <MID> c d e <EOT>"
+
+
+@pytest.mark.parametrize("name, knobs, ids, inputs, targets", [
+    ("ntp", {}, TEXT,
+     "a b c d e f g h",
+     "b c d e f g h <EOT>"),
+    ("meap", {"mask_ratio": 0.25}, TEXT,
+     "a <MASK> c d <MASK> f g h",
+     "b c d e f g h <EOT>"),
+    # prefix "ab", middle "cd", suffix "efgh", of which four tokens of layout leave room for "e"
+    ("fim_psm", {}, TEXT,
+     "<PRE> a b <SUF> e <MID> c d",
+     "a b <SUF> e <MID> c d <EOT>"),
+    # prefix "abcd", middle "ef", suffix "gh": the suffix is too short, so the prefix's start goes, too
+    ("fim_psm", {}, TEXT,
+     "<PRE> b c d <SUF> <MID> e f",
+     "b c d <SUF> <MID> e f <EOT>"),
+    # prefix "a", middle "bcdefg", suffix "h": neither of them has room
+    ("fim_psm", {"fim_rate": 1.0}, TEXT,
+     "a b c d e f g h",
+     "b c d e f g h <EOT>"),
+    ("fim_spm", {}, TEXT,
+     "<PRE> e <SUF> a b <MID> c d",
+     "e <SUF> a b <MID> c d <EOT>"),
+    ("fim", {}, TEXT,
+     "<PRE> <SUF> e <MID> a b c d",
+     "<SUF> e <MID> a b c d <EOT>"),
+    ("fim", {"spm_layout": "labelled"}, TEXT,
+     "<SUF> e <PRE> a b <MID> c d",
+     "e <PRE> a b <MID> c d <EOT>"),
+    ("fim_meap", {"fim_rate": 1.0, "spm_rate": 0.0, "mask_ratio": 0.125}, TEXT,
+     "<PRE> a b <SUF> e <MID> <MASK> d",
+     "a b <SUF> e <MID> c d <EOT>"),
+    ("sft", {}, PAIR,
+     "a b <MID> c d e",
+     "- - c d e <EOT>"),
+    # one of five letters of the copy is masked; loss on the answer of the original and on that letter
+    ("meap_sft", {"mask_ratio": 0.2, "min_answer": 2}, PAIR,
+     "a b <MID> c d e <EOT> a b <MID> c <MASK> e",
+     "- - c d e <EOT> - - - - d - -")])
+def test_a_worked_example(corpora, name, knobs, ids, inputs, targets):
+    """Letters are bytes and "-" is IGNORE. Randomness decides the rest, so: this row is among 1,000 draws."""
+    tok, _ = corpora["code in bytes"]
+
+    named = {"-": IGNORE, "<PRE>": tok.pre, "<SUF>": tok.suf, "<MID>": tok.mid, "<EOT>": tok.eot,
+             "<MASK>": tok.mask}
+    ids, inputs, targets = ([named[word] if word in named else ord(word) for word in row.split()]
+                            for row in (ids, inputs, targets))
+    for seed in range(1000):
+        drawn = OBJECTIVES[name](np.array(ids), tok, np.random.default_rng(seed), **knobs)
+        if (drawn[0].tolist(), drawn[1].tolist()) == (inputs, targets):
+            return
+    pytest.fail("never drawn")
+
+
+def test_the_papers_numbers_are_the_defaults():
+    """FIM's rate, orders, layout and cuts (sections 3 and 4), MEAP's ratios and lengths (section 3)."""
+    papers = {"fim_rate": 0.5, "spm_rate": 0.5, "spm_layout": "joint", "span": "char", "short_documents": 0}
+    assert knobs_of(fim) == papers and knobs_of(OBJECTIVES["fim_psm"]) == papers | {"spm_rate": 0.0}
+    assert knobs_of(OBJECTIVES["fim_spm"]) == papers | {"spm_rate": 1.0, "spm_layout": "swapped"}
+    assert knobs_of(meap) == {"mask_ratio": 0.15} and knobs_of(fim_meap) == papers | knobs_of(meap)
+    assert knobs_of(meap_sft) == {"mask_ratio": 0.1, "mask_region": "copy", "min_answer": 50}
 
 
 @pytest.mark.parametrize("order, layout, expected", [
@@ -26,232 +92,315 @@ LAYOUTS = ("swapped", "labelled", "joint")
     ("spm", "joint", "<PRE> <SUF> 4 5 6 <MID> 1 2 3 <EOT>")])
 def test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins(tok, order, layout, expected):
     for prefix, middle, suffix in product(([], [1, 2]), ([], [3]), ([], [4, 5, 6])):  # each part may be empty
-        kept = [word for word in expected.split() if not word.isdigit() or int(word) in prefix + middle + suffix]
+        present = prefix + middle + suffix
+        kept = [word for word in expected.split() if not word.isdigit() or int(word) in present]
         ids = [int(word) if word.isdigit() else getattr(tok, word[1:-1].lower()) for word in kept]
         example = fim_example(prefix, middle, suffix, tok, order, layout)
         assert example == ids
         assert example == fim_prompt(prefix, suffix, tok, order, layout) + middle + [tok.eot]
 
 
-@pytest.mark.parametrize("order, layout, wrong", [("mps", "swapped", "mps"), ("spm", "jont", "jont")])
-def test_an_unknown_order_or_layout_is_refused(tok, order, layout, wrong):
-    with pytest.raises(ValueError, match=f"{wrong}: expected one of"):
-        fim_prompt([1], [2], tok, order, layout)
+@pytest.mark.parametrize("function, knob, value, expected", [
+    *((function, knob, value, "0 to 1") for value in (-0.1, 1.5, nan) for function, knob in (
+        (meap, "mask_ratio"), (meap_sft, "mask_ratio"), (fim, "fim_rate"), (fim, "spm_rate"))),
+    (fim, "spm_layout", "jont", "one of swapped, labelled, joint"),
+    (fim, "spm_layout", "swapped", "joint or labelled with spm_rate 0.5"),
+    (OBJECTIVES["fim_spm"], "spm_rate", 0.9, "joint or labelled with spm_rate 0.9"),
+    (fim, "span", "word", "one of char, token, line"),
+    (fim, "short_documents", 15, "16 to"), (fim, "short_documents", -1, "16 to"),
+    (meap_sft, "mask_region", "prompt", "one of copy, answer"), (meap_sft, "min_answer", -1, "0 to"),
+    (fim_documents, "fim_rate", 2, "0 to 1"), (fim_documents, "spm_layout", "swapped", "joint or labelled"),
+    (fim_prompt, "order", "mps", "one of psm, spm"), (fim_prompt, "spm_layout", "jont", "one of swapped")])
+def test_a_refused_knob_is_named_with_what_is_expected(tok, stream, function, knob, value, expected):
+    named = "spm_layout swapped" if "joint or" in expected else f"{knob} {value}"
+    window = stream[:50].astype(np.int64), tok, np.random.default_rng(0)
+    with pytest.raises(ValueError, match=f"^{named}: expected {expected}"):
+        function(*([1], [2], tok) if function is fim_prompt else window, **{knob: value})
 
 
-@pytest.mark.parametrize("field, value, expected", [
-    *((field, value, "0 to 1") for field in ("fim_rate", "spm_rate", "mask_ratio") for value in (-0.1, 1.5, nan)),
-    ("spm_layout", "jont", "one of swapped, labelled, joint"), ("span", "word", "one of char, token, line, mixed"),
-    ("middle", "short", "one of uniform, log_uniform"), ("min_piece", 3, "8 to"), ("max_piece", 16, "32 to"),
-    ("max_piece", -1, "32 to")])
-def test_a_bad_field_is_named_with_its_value_and_what_is_expected(field, value, expected):
-    with pytest.raises(ValueError, match=f"{field} {value}: expected {expected}"):
-        Objective(**{field: value})
-
-
-@pytest.mark.parametrize("layout, spm_rate, span", [*product(LAYOUTS, (0, 1), ("char", "token", "line"))])
-def test_every_example_parses_back_to_the_text_it_was_made_from(corpora, layout, spm_rate, span):
-    """Round trip. With spm_rate 0 only PSM is a valid reading, with 1 only SPM."""
-    objective = Objective(1.0, spm_rate, layout, span)
-    for tok, stream in corpora.values():
-        assert sum(check_row(*objective.row(window, tok, rng), window, objective, tok)
-                   for window, rng in windows(stream, 15, T=200)) > 15
-
-
-@pytest.mark.parametrize("name", [*(name for name in OBJECTIVES if not OBJECTIVES[name].answers), "random", "another"])
-def test_any_row_of_any_objective_holds_its_windows_text(corpora, name):
-    rng = np.random.default_rng(len(name))
-
-    def choice(*options):
-        return options[rng.integers(len(options))]
-
-    for _ in range(60):
-        objective = OBJECTIVES.get(name) or Objective(
-            choice(0, 0.5, 1), choice(0, 0.5, 1), choice(*LAYOUTS), choice("char", "token", "line", "mixed"),
-            choice(0, 0.15, 0.6), choice("uniform", "log_uniform"), choice(8, 16, 32), choice(0, 64))
-        tok, stream = choice(*corpora.values())
-        (window, _), = windows(stream, 1, rng.integers(16, 300), rng.integers(10**6))
-        before = window.copy()
-        check_row(*objective.row(window, tok, rng), window, objective, tok)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_any_row_of_any_objective_holds_its_windows_text(name, corpora):
+    """At the knobs' defaults and at random ones, on real text and on random documents."""
+    rng, n_examples = np.random.default_rng(sum(map(ord, name))), 0
+    for trial in range(300):
+        knobs = random_knobs(name, rng) if trial % 3 else knobs_of(OBJECTIVES[name])
+        tok, stream = list(corpora.values())[rng.integers(len(corpora))]
+        if trial % 2:
+            stream = random_documents(tok, rng)
+        T = int(8 * 35 ** rng.random())
+        (window, _), = windows(stream, 1, T, rng.integers(10**6))
+        if name in ON_PAIRS and trial % 4:
+            window = a_pair(window, tok, rng)
+        before, seed = window.copy(), rng.integers(10**6)
+        row, again = (OBJECTIVES[name](window, tok, np.random.default_rng(seed), **knobs) for _ in range(2))
         assert np.array_equal(window, before), "the window is left as it was"
+        assert all(map(np.array_equal, row, again)), "randomness comes in as rng alone"
+        if name in ON_PAIRS and len(row[0]) >= len(window):  # the example and its copy, as one sequence
+            window = np.concatenate((window, window))
+        n_examples += check_row(*row, window, tok, knobs)
+    assert n_examples > 20 or "fim_rate" not in knobs_of(OBJECTIVES[name])
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, "random"])
-def test_any_row_of_random_documents_holds_its_windows_text(name, corpora, n_rows=72):
-    """Documents of any characters, down to none: line ends, NUL, BOM, marks that combine, emoji, sentinels' names."""
-    signs = ["a", "Z", "_", "9", " ", "    ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "é", "e\u0301", "я", "語",
-             "🙂", "👩‍👩‍👧", "def ", "return\n", "(", "):\n", "<MID>", "<EOT>", "<|endoftext|>"]
-    rng = np.random.default_rng(sum(map(ord, name)))
-    for _ in range(n_rows):
-        tok = corpora[["code", "languages", "languages in bytes"][rng.integers(3)]][0]
-        some = [signs[i] for i in rng.choice(len(signs), rng.integers(1, len(signs)), replace=False)]
-        sizes = (400 ** rng.random(20)).astype(int) - 1
-        texts = ["".join(some[i] for i in rng.integers(len(some), size=size)) for size in sizes]
-        T = int(8 * 20 ** rng.random() ** 2)
-        (window, _), = windows(as_stream([*texts, "a" * 160], tok), 1, T, rng.integers(10**6))
-        objective = OBJECTIVES.get(name) or Objective(
-            rng.random(), rng.random(), LAYOUTS[rng.integers(3)], ["char", "token", "line", "mixed"][rng.integers(4)],
-            rng.random(), ["uniform", "log_uniform"][rng.integers(2)], int(rng.integers(8, 40)))
-        check_row(*objective.row(window, tok, rng), window, objective, tok)
+@pytest.mark.parametrize("name, knobs", [
+    ("meap", {"mask_ratio": 0}), ("fim_meap", {"fim_rate": 0, "mask_ratio": 0}),
+    ("fim_psm", {"fim_rate": 0}), ("fim_spm", {"fim_rate": 0}), ("fim", {"fim_rate": 0})])
+def test_at_rate_0_all_are_next_token_prediction(name, knobs, corpora):
+    for tok, stream in corpora.values():
+        for window, rng in windows(stream, 10, T=200):
+            inputs, targets = OBJECTIVES[name](window, tok, rng, **knobs)
+            assert np.array_equal(inputs, window[:-1]) and np.array_equal(targets, window[1:])
 
 
-@pytest.mark.parametrize("span, name", [("char", "code"), ("token", "code"), ("mixed", "code"), ("line", "code"),
-                                        ("line", "code in bytes"), ("line", "languages")])
+# Masks
+
+@pytest.mark.parametrize("objective, plain", [(meap, ntp), (fim_meap, fim)])
+@pytest.mark.parametrize("T, ratio", [(100, 0.15), (99, 0.15), (64, 0.05), (100, 0.5)])
+def test_meap_masks_exactly_its_share_of_ordinary_inputs_and_no_target(corpora, objective, plain, T, ratio):
+    tok, stream = corpora["code"]
+    places = np.zeros(T)
+    for seed, (window, _) in enumerate(windows(stream, 100, T)):
+        inputs, targets = objective(window, tok, np.random.default_rng(seed), mask_ratio=ratio)
+        true, same = plain(window, tok, np.random.default_rng(seed))
+        masked = inputs == tok.mask
+        assert masked.sum() == int(T * ratio) and not np.isin(true[masked], tok.specials).any()
+        assert np.array_equal(inputs[~masked], true[~masked]) and np.array_equal(targets, same)
+        places += masked
+    assert plain is fim or np.abs(places / 100 - int(T * ratio) / T).max() < 0.25, "uniform over the row"
+
+
+def test_masking_spares_special_tokens_even_where_few_others_are_left(tok):
+    inputs = np.array([tok.pre, tok.suf, 7, tok.mid, 8, tok.eot])
+    masked = mask(inputs, 0.9, tok, np.random.default_rng(0)).tolist()
+    assert masked == [tok.pre, tok.suf, tok.mask, tok.mid, tok.mask, tok.eot]
+    assert inputs[2] == 7, "the argument stays as it was: targets share its memory"
+
+
+# Fill-in-the-middle: which documents, where they are cut, what is trimmed
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_each_document_has_its_own_coin_for_fim_and_each_example_for_its_order(corpora, rate):
+    """Five documents a window: the number of examples is binomial, not 0 or 5."""
+    tok, _ = corpora["code in bytes"]
+    knobs = {"fim_rate": rate, "spm_rate": rate, "spm_layout": "labelled"}
+    n, length, counts, starts = 1000, 40, Counter(), Counter()
+    window = as_stream(["x" * length] * 5, tok).astype(np.int64)
+    for seed in range(n):
+        ids = row_ids(fim, window, tok, np.random.default_rng(seed), **knobs)
+        found = [example[0] for _, example in examples(ids, window, tok)]
+        counts[len(found)] += 1
+        starts.update(found)
+    share = rate * (1 - too_short(length + 1, length))
+    assert is_chi_square([(counts[k], n * comb(5, k) * share**k * (1 - share)**(5 - k)) for k in range(6)])
+    total = starts.total()
+    assert is_chi_square([(starts[tok.suf], rate * total), (starts[tok.pre], (1 - rate) * total)]), "SPM, PSM"
+
+
+@pytest.mark.parametrize("short_documents", [0, 16])
+def test_an_example_that_closes_a_document_ends_in_that_documents_eot(corpora, short_documents):
+    tok, stream = corpora["code in bytes"]
+    stream = stream[stream != tok.eot]
+    stream[::91] = tok.eot
+    for window, rng in windows(stream, 200, T=400):
+        ids = row_ids(fim, window, tok, rng, fim_rate=1.0, short_documents=short_documents)
+        assert (ids[window == tok.eot] == tok.eot).all()
+        assert not ((ids[1:] == tok.eot) & (ids[:-1] == tok.eot)).any(), "and none stands behind it"
+
+
+def test_the_two_cuts_are_uniform_and_any_part_may_be_empty():
+    text, n, counts, rng = "abcdefghi", 20_000, Counter(), np.random.default_rng(0)
+    for _ in range(n):
+        prefix, middle, suffix = split(text, rng)
+        assert prefix + middle + suffix == text
+        counts[len(prefix), len(prefix + middle)] += 1
+    cuts = list(combinations_with_replacement(range(10), 2))
+    assert set(counts) == set(cuts)
+    assert is_chi_square([(counts[i, j], n / 100 * (1 if i == j else 2)) for i, j in cuts])
+
+
+@pytest.mark.parametrize("span, name", [
+    ("char", "code"), ("token", "code"), ("line", "code"), ("line", "code in bytes"), ("line", "languages")])
 def test_cuts_fall_where_span_allows_and_the_middle_survives_trimming(corpora, span, name):
     """Cut by lines, a middle that lost a token would no longer be whole lines."""
     tok, stream = corpora[name]
-    objective, at_tokens, at_lines, trimmed = Objective(1.0, 0.0, span=span, min_piece=100), [], [], Counter()
+    at_tokens, at_lines, trimmed = [], [], Counter()
     for window, rng in windows(stream, 200, T=99):
-        for source, example in examples(row_ids(objective, window, tok, rng), window, tok):
-            parts, = readings(example, objective, tok)
+        ids = row_ids(fim, window, tok, rng, fim_rate=1.0, spm_rate=0.0, span=span)
+        for source, example in examples(ids, window, tok):
+            parts, = readings(example, tok, {"spm_rate": 0.0})
             at_tokens.append(any(sum(parts, []) == source[k:k + len(sum(parts, []))] for k in range(5)))
             text, (prefix, middle, suffix) = tok.decode_bytes(source), map(tok.decode_bytes, parts)
             start = 0 if suffix else text.index(prefix + middle)
             borders = [0, *(match.end() for match in re.finditer(b"\n", text)), len(text)]
             at_lines.append({start + len(prefix), start + len(prefix + middle)} <= set(borders))
-            trimmed.update(["suffix left" if suffix else "suffix gone", "prefix cut" if start else "prefix whole"])
+            trimmed["suffix left" if suffix else "suffix gone"] += 1
+            trimmed["prefix cut" if start else "prefix whole"] += 1
             if span != "token":
-                assert parts[1] == tok.encode(middle.decode("utf-8")), "encoded on its own, as it will be in a prompt"
+                assert parts[1] == tok.encode(middle.decode("utf-8")), "encoded on its own, as in a prompt"
     assert all(at_lines) == (span == "line") and (span == "line" or all(at_tokens) == (span == "token"))
     assert len(trimmed) == 4, trimmed
-    assert span != "mixed" or 0.35 < np.mean(at_lines) < 0.65, "half each"
 
 
 def test_the_surplus_comes_off_the_end_of_the_suffix_then_off_the_start_of_the_prefix(corpora):
-    """In bytes nothing re-tokenises: the surplus is three sentinels and <EOT>, and examples show where it came off. At
-    rate 1 a piece stays plain only where prefix and suffix together are shorter than that; empty parts do no harm."""
+    """In bytes nothing re-tokenises: the surplus is three sentinels and <EOT>, and examples show where it
+    came off. At rate 1 a document stays plain only where prefix and suffix together are shorter than that."""
     tok, stream = corpora["code in bytes"]
     n, plain, from_prefix, empty = 16, 0, Counter(), set()
-    objective = Objective(1.0, 0.0, min_piece=n)
     for window, rng in windows(stream[stream != tok.eot], 2000, T=n - 1):
-        found = list(examples(row_ids(objective, window, tok, rng), window, tok))
+        found = list(examples(row_ids(fim, window, tok, rng, fim_rate=1.0, spm_rate=0.0), window, tok))
         plain += not found
         for source, example in found:
-            parts, = readings(example, objective, tok)
+            parts, = readings(example, tok, {"spm_rate": 0.0})
             k = next(k for k in range(5) if sum(parts, []) == source[k:n - 4 + k])
             assert k == 0 or not parts[2]
             from_prefix[k] += 1
             empty |= {i for i, part in enumerate(parts) if not part}
     assert set(from_prefix) == {0, 1, 2, 3, 4} and from_prefix[0] > 1000 and empty == {0, 1, 2}
-    too_short = sum(n - abs(i - j) < 4 for i, j in product(range(n + 1), repeat=2)) / (n + 1) ** 2
-    assert abs(plain / 2000 - too_short) < 0.03
+    assert abs(plain / 2000 - too_short(n, n)) < 0.03
 
 
-@pytest.mark.parametrize("middle", ["uniform", "log_uniform"])
-def test_cuts_are_uniform_or_the_middles_length_is_log_uniform(middle):
-    counts, n, rng = Counter(), 20_000, np.random.default_rng(0)
-    for _ in range(n):
-        prefix, cut_out, suffix = split_middle("abcdefghi", rng, middle)
-        assert prefix + cut_out + suffix == "abcdefghi"
-        counts[len(prefix), len(prefix + cut_out)] += 1
-    cuts = [(i, j) for i in range(10) for j in range(i, 10)]
-    expected = {(i, j): n / 100 * (1 if i == j else 2) for i, j in cuts}  # any part may be empty
-    if middle == "log_uniform":  # a middle of k characters, 1 <= k < 9, stands in any of 10 - k places
-        expected = {(i, j): n * log((j - i + 1) / (j - i), 9) / (10 - j + i) for i, j in cuts if 0 < j - i < 9}
-    assert set(counts) == set(expected)
-    chi_square, freedom = sum((counts[cut] - e) ** 2 / e for cut, e in expected.items()), len(expected) - 1
-    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
+def test_a_document_whose_parts_encode_to_too_few_tokens_to_fill_its_place_stays_plain(tok, documents):
+    window = np.array([*documents[0][:60].encode()])  # single bytes, where encode takes longer tokens
+    for seed in range(20):
+        ids = row_ids(fim, window, tok, np.random.default_rng(seed), fim_rate=1.0)
+        assert np.array_equal(ids, window)
 
 
-@pytest.mark.parametrize("rate", [0, 0.25, 0.5, 0.9, 1])
-def test_fim_rate_is_a_share_of_windows_and_spm_rate_a_share_of_examples(corpora, rate):
-    """A window is spared whole: plain text keeps its long context."""
-    tok, stream = corpora["code in bytes"]
-    first, plain = [], 0
-    for window, rng in windows(stream[stream != tok.eot], 500, T=149):
-        ids = row_ids(Objective(rate, rate, "labelled", min_piece=16, max_piece=32), window, tok, rng)
-        first += [example[0] for _, example in examples(ids, window, tok)]
-        plain += np.array_equal(ids, window)
-    assert abs(plain / 500 - (1 - rate)) < 0.08 and (0 < rate < 1 or plain == 500 * (1 - rate))
-    assert abs(first.count(tok.suf) / max(1, len(first)) - rate) < 0.05  # in SPM order
-
-
-@pytest.mark.parametrize("low, high", [(8, 0), (8, 16), (32, 0), (32, 128), (64, 200), (40, 40)])
-def test_pieces_cover_each_document_between_their_bounds(tok, low, high):
-    rng, objective = np.random.default_rng(0), Objective(1.0, min_piece=low, max_piece=high)
-    for _ in range(200):
+@pytest.mark.parametrize("longest", [16, 64, 67])
+def test_short_documents_cover_each_document_and_are_n_fourths_to_n_tokens_long(tok, longest):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
         window = np.where(rng.random(500) < rng.choice([0, 0.005, 0.1]), tok.eot, 7)
-        found = list(pieces(window, objective, tok, rng))
-        covered = [i for start, end in found for i in range(start, end)]
-        assert covered == np.flatnonzero(window != tok.eot).tolist(), "each token once, in order, and never <EOT>"
-        fragments = [m.span() for m in re.finditer("x+", "".join("x" if i == 7 else "." for i in window))]
+        borders = {0, len(window), *(np.flatnonzero(window == tok.eot) + 1).tolist()}
+        found = list(fragments(window, tok, rng, longest))
+        assert [i for start, end in found for i in range(start, end)] == list(range(500)), "each token once"
+        assert borders <= {border for fragment in found for border in fragment}, "none spans two documents"
         for start, end in found:
-            fragment, = [last - first for first, last in fragments if first <= start and end <= last]
-            assert min(low, fragment) <= end - start
-            assert end - start <= max(high, 2 * low - 1) or not high  # a document shorter than 2 low cannot be cut
+            whole = {start, end} <= borders
+            assert end - start <= longest and (whole or longest // 4 <= end - start)
 
 
-def test_piece_lengths_are_log_uniform(tok):
-    rng, window = np.random.default_rng(0), np.full(200_000, 7)
-    found = [end - start for start, end in pieces(window, Objective(1.0, min_piece=32, max_piece=1024), tok, rng)]
-    assert np.log2(np.quantile(found, [0.25, 0.5, 0.75])) == pytest.approx([6.25, 7.5, 8.75], abs=0.35)
-
-
-@pytest.mark.parametrize("layout, spm_rate", [*product(LAYOUTS, (0, 1)), ("labelled", 0.5)])
-def test_document_level_fim_keeps_every_documents_text(tok, documents, stream, layout, spm_rate):
-    objective = Objective(0.7, spm_rate, layout)
-    ids = fim_documents(stream, objective, tok, np.random.default_rng(0))
-    *rebuilt, tail = (part.tolist() for part in np.split(ids, np.flatnonzero(ids == tok.eot) + 1))
-    assert tail == [] and len(rebuilt) == len(documents) and ids.dtype == stream.dtype
-    plain = [tok.encode(text) + [tok.eot] for text in documents]
-    assert 5 < sum(a != b for a, b in zip(plain, rebuilt)) < 20
-    for text, before, after in zip(documents, plain, rebuilt):
-        assert after == before or text in [tok.decode(p + m + s) for p, m, s in readings(after, objective, tok)]
+def test_lengths_of_short_documents_are_uniform(tok):
+    found = [end - start for start, end in fragments(np.full(10**6, 7), tok, np.random.default_rng(0), 64)]
+    counts = Counter(found[:-2])  # the last two share what is left
+    assert is_chi_square([(counts[n], (len(found) - 2) / 49) for n in range(16, 65)])
 
 
 @pytest.mark.parametrize("span", ["char", "line"])
 @pytest.mark.parametrize("name", ["languages", "languages in bytes"])
 def test_a_window_cut_inside_a_character_invents_none(corpora, name, span):
     tok, stream = corpora[name]
-    objective, cut = Objective(1.0, 0.5, "labelled", span=span, min_piece=16), 0
-    for start in range(len(LANGUAGES.encode())):
+    n_cut = 0
+    for start in range(0, len(LANGUAGES.encode()), 2):
         window = stream[start:start + 91].astype(np.int64)
-        cut += "\ufffd" in tok.decode(window.tolist())
-        ids = row_ids(objective, window, tok, np.random.default_rng(start))
+        n_cut += "\ufffd" in tok.decode(window.tolist())
+        ids = row_ids(fim, window, tok, np.random.default_rng(start), fim_rate=1.0, spm_layout="labelled",
+                      span=span, short_documents=32)
         assert "\ufffd".encode() not in tok.decode_bytes(ids.tolist())
         for source, example in examples(ids, window, tok):
-            (_, middle, _), = readings(example, objective, tok)
+            (_, middle, _), = readings(example, tok, {"spm_layout": "labelled"})
             assert tok.decode_bytes(middle).decode("utf-8") in tok.decode_bytes(source).decode("utf-8")
-    assert cut > 100, "most windows do begin or end inside a character"
+    assert n_cut > 50, "most windows do begin or end inside a character"
 
 
-@pytest.mark.parametrize("fim_rate", [0, 1])
-@pytest.mark.parametrize("T, ratio", [(100, 0.15), (99, 0.15), (64, 0.05), (100, 0.5)])
-def test_meap_masks_exactly_its_share_of_ordinary_inputs(corpora, fim_rate, T, ratio):
-    tok, stream = corpora["code"]
-    objective, places = Objective(fim_rate=fim_rate, mask_ratio=ratio), np.zeros(T)
-    for seed, (window, _) in enumerate(windows(stream, 100, T)):
-        inputs, targets = objective.row(window, tok, np.random.default_rng(seed))
-        true, same = replace(objective, mask_ratio=0).row(window, tok, np.random.default_rng(seed))
-        masked = inputs == tok.mask
-        assert masked.sum() == int(T * ratio) and not np.isin(true[masked], tok.specials).any()
-        assert np.array_equal(inputs[~masked], true[~masked]) and np.array_equal(targets, same), "targets stay true"
-        places += masked
-    assert fim_rate or np.abs(places / 100 - int(T * ratio) / T).max() < 0.25, "uniform over the row"
+@pytest.mark.parametrize("layout, spm_rate", [*product(LAYOUTS, (0, 1)), ("labelled", 0.5)])
+@pytest.mark.parametrize("span", SPANS)
+def test_document_level_fim_keeps_every_documents_text(tok, documents, layout, spm_rate, span):
+    documents = [document[:2000] for document in documents]
+    stream = as_stream(documents, tok)
+    knobs = {"fim_rate": 0.7, "spm_rate": spm_rate, "spm_layout": layout, "span": span}
+    ids = fim_documents(stream, tok, np.random.default_rng(0), **knobs)
+    *rebuilt, tail = (part.tolist() for part in np.split(ids, np.flatnonzero(ids == tok.eot) + 1))
+    assert tail == [] and len(rebuilt) == len(documents) and ids.dtype == stream.dtype
+    plain = [tok.encode(text) + [tok.eot] for text in documents]
+    assert 5 < sum(a != b for a, b in zip(plain, rebuilt)) < 20
+    for text, before, after in zip(documents, plain, rebuilt):
+        assert after == before or text in [tok.decode(p + m + s) for p, m, s in readings(after, tok, knobs)]
 
 
-def test_masking_spares_special_tokens_even_where_few_others_are_left(tok):
-    inputs = np.array([tok.pre, tok.suf, 7, tok.mid, 8, tok.eot])
-    masked = mask_inputs(inputs, 0.9, tok, np.random.default_rng(0)).tolist()
-    assert masked == [tok.pre, tok.suf, tok.mask, tok.mid, tok.mask, tok.eot]
-    assert inputs[2] == 7, "the argument stays as it was: targets share its memory"
+# Fine-tuning
+
+def loss_terms(prompt, answer, copy, tok):
+    """MEAP's section 3.2 by brute force: {t: x_t} for t in U_q and U_m, positions in original ++ copy."""
+    original = [*prompt, tok.mid, *answer, tok.eot]
+    terms = {t: x for t, x in enumerate(original) if t > len(prompt)}
+    for t, x in enumerate(copy):
+        if x == tok.mask:
+            terms[len(original) + t] = original[t]
+    return terms
 
 
-def test_the_script_draws_every_preset_with_its_sentinels_and_masks():
+@pytest.mark.parametrize("objective, knobs", [
+    (sft, {}), (meap_sft, {}), (meap_sft, {"mask_region": "answer"}), (meap_sft, {"mask_ratio": 0}),
+    (meap_sft, {"mask_ratio": 0.5, "min_answer": 20})])
+def test_loss_is_on_the_answer_and_the_masked_tokens_of_the_copy_alone(objective, knobs, stream, tok):
+    settings = knobs_of(objective) | knobs
+    for i in range(150):
+        rng = np.random.default_rng(i)
+        start, n_prompt, n_answer = rng.integers(9000), rng.integers(60), rng.integers(1, 120)
+        text = [token for token in stream[start:start + 200].tolist() if token != tok.eot]
+        prompt, answer = text[:n_prompt], text[n_prompt:n_prompt + n_answer]
+        original = [*prompt, tok.mid, *answer, tok.eot]
+        inputs, targets = objective(np.array(original), tok, rng, **knobs)
+        sequence = [*inputs.tolist(), tok.eot]
+        n, copy = len(original), sequence[len(original):]
+        assert sequence[:n] == original
+        copied = objective is meap_sft and settings["mask_ratio"] > 0 and len(answer) > settings["min_answer"]
+        assert len(copy) == (n if copied else 0)
+        masked = [t for t, x in enumerate(copy) if x == tok.mask]
+        if copied:
+            maskable = len(answer) + (len(prompt) if settings["mask_region"] == "copy" else 0)
+            assert len(masked) == int(settings["mask_ratio"] * maskable)
+            assert [original[t] if t in masked else x for t, x in enumerate(copy)] == original
+        assert not {original[t] for t in masked} & set(tok.specials)
+        assert settings.get("mask_region") != "answer" or all(t > len(prompt) for t in masked)
+        # a target stands where its token is predicted: one position before it
+        found = {t + 1: x for t, x in enumerate(targets.tolist()) if x != IGNORE}
+        assert found == loss_terms(prompt, answer, copy, tok)
+
+
+def test_over_many_draws_every_ordinary_token_of_the_copy_is_masked_but_no_other(tok):
+    ids = np.array([*range(20), tok.mid, *range(100, 160), tok.eot])
+    rows = [meap_sft(ids, tok, np.random.default_rng(i))[0] for i in range(300)]
+    masked = {int(t) for row in rows for t in np.flatnonzero(row == tok.mask)}
+    assert masked == {82 + t for t in range(81) if t != 20}  # its first token is among them, its <MID> is not
+
+
+@pytest.mark.parametrize("n, copied", [(49, False), (50, False), (51, True)])
+def test_only_answers_longer_than_50_tokens_get_a_copy(n, copied, tok):
+    inputs, _ = meap_sft(np.array([1, 2, tok.mid, *range(n), tok.eot]), tok, np.random.default_rng(0))
+    assert len(inputs) == (n + 4) * (1 + copied) - 1 and (tok.mask in inputs) == copied
+
+
+@pytest.mark.parametrize("objective", [sft, meap_sft])
+def test_a_window_without_an_answer_has_no_loss(objective, stream, tok):
+    for window, rng in windows(stream, 10, T=100):
+        inputs, targets = objective(window, tok, rng)
+        assert np.array_equal(inputs, window[:-1]) and (targets == IGNORE).all()
+
+
+# The drawing
+
+@pytest.fixture(scope="module")
+def drawing():
+    """What `python objectives.py` prints, as {name of an objective: its lines}."""
     script = Path(__file__).resolve().parent.parent / "objectives.py"
-    shown = subprocess.run([sys.executable, "-X", "utf8", script], capture_output=True, check=True).stdout.decode()
-    drawn = set()
-    for section in shown.split("\n\n"):
-        names = set(re.findall(rf"\b({'|'.join(OBJECTIVES)}):?(?=\s)", section.strip().splitlines()[0]))
-        lines = {label: re.findall("<[A-Z]+>", " ".join(re.findall(f"^{label} .*", section, re.MULTILINE)))
-                 for label in ("input", "target")}
-        if names:
-            drawn |= names
-            assert ("<MASK>" in lines["input"]) == any("meap" in name for name in names)
-            assert {"<PRE>", "<SUF>", "<MID>"}.issubset(lines["input"]) == any("fim" in name for name in names)
-            assert "<EOT>" in lines["target"] and "<MASK>" not in lines["target"]
-    assert drawn == set(OBJECTIVES)
+    run = subprocess.run([sys.executable, "-X", "utf8", script], capture_output=True, check=True)
+    return {section.split()[0]: section.strip() for section in run.stdout.decode().strip().split("\n\n")}
 
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_script_draws_every_objective_with_its_sentinels_and_masks(drawing, name):
+    lines = drawing[name].splitlines()
+    inputs, targets = (set(re.findall("<[A-Z]+>", " ".join(line for line in lines if line.startswith(label))))
+                       for label in ("input", "target"))
+    knobs = knobs_of(OBJECTIVES[name])
+    assert "<EOT>" in targets and "<MASK>" not in targets
+    assert "<MASK>" in inputs or "mask_ratio" not in knobs
+    assert {"<PRE>", "<SUF>", "<MID>"} <= inputs or "fim_rate" not in knobs
+    assert inputs == set() or name != "ntp"
+
+
+# Helpers
 
 def windows(stream, n, T, seed=0):
     """n random windows of T+1 ids, each with an rng."""
@@ -260,14 +409,45 @@ def windows(stream, n, T, seed=0):
         yield stream[start:start + T + 1].astype(np.int64), rng
 
 
-def row_ids(objective, window, tok, rng):
+def random_documents(tok, rng):
+    """A stream of documents of any characters, down to none: line ends, NUL, BOM, marks that combine, emoji,
+    sentinels' names."""
+    signs = ["a", "Z", "_", "9", " ", "    ", "\n", "\r\n", "\t", "\0", "\ufeff", "\u2028", "é", "e\u0301",
+             "я", "語", "🙂", "👩‍👩‍👧", "def ", "return\n", "(", "):\n", "<MID>", "<EOT>", "<|endoftext|>"]
+    alphabet = [signs[i] for i in rng.choice(len(signs), rng.integers(1, len(signs)), replace=False)]
+    sizes = (400 ** rng.random(20)).astype(int) - 1
+    texts = ["".join(alphabet[i] for i in rng.integers(len(alphabet), size=size)) for size in sizes]
+    return as_stream([*texts, "a" * 300], tok)
+
+
+def random_knobs(name, rng):
+    """Values for the knobs that this file knows; an objective's other knobs keep their defaults."""
+    def choice(*options):
+        return options[rng.integers(len(options))]
+
+    knobs = {"mask_ratio": choice(0, 0.15, rng.random()), "fim_rate": choice(0, 0.5, 1),
+             "spm_rate": choice(0, 0.5, 1), "spm_layout": choice(*LAYOUTS), "span": choice(*SPANS),
+             "short_documents": choice(0, 16, 50), "mask_region": choice("copy", "answer"),
+             "min_answer": choice(0, 5, 50)}
+    if knobs["spm_rate"] == 0.5 and knobs["spm_layout"] == "swapped":  # refused
+        knobs["spm_layout"] = "labelled"
+    return {knob: knobs.get(knob, default) for knob, default in knobs_of(OBJECTIVES[name]).items()}
+
+
+def a_pair(window, tok, rng):
+    """A window's ordinary tokens -> prompt <MID> answer <EOT>, as long as the window or shorter."""
+    text = window[~np.isin(window, tok.specials)][:len(window) - 2]
+    return np.insert(np.append(text, tok.eot), rng.integers(len(text) + 1), tok.mid)
+
+
+def row_ids(objective, window, tok, rng, **knobs):
     """The T+1 ids of an unmasked row."""
-    inputs, targets = objective.row(window, tok, rng)
+    inputs, targets = objective(window, tok, rng, **knobs)
     return np.append(inputs, targets[-1])
 
 
 def examples(ids, window, tok):
-    """Yields each FIM example of a row as (the ids that stood there, the example). All else must be as it was."""
+    """Yields each FIM example of a row as (window's ids there, the example). The rest must be unchanged."""
     i, ids, window = 0, ids.tolist(), window.tolist()
     while i < len(ids):
         end = ids.index(tok.eot, i) + 1 if ids[i] in (tok.pre, tok.suf) else i + 1
@@ -278,36 +458,59 @@ def examples(ids, window, tok):
         i = end
 
 
-def readings(example, objective, tok):
-    """[(prefix, middle, suffix)], every way to read an example. PSM and SPM swapped look alike, and SPM joint reads as
-    PSM with an empty prefix."""
+def readings(example, tok, knobs):
+    """[(prefix, middle, suffix)], every way to read an example, given spm_rate and spm_layout or not: PSM and
+    SPM swapped look alike, and SPM joint reads as PSM with an empty prefix."""
     places = [i for i, token in enumerate(example) if token in tok.specials]
     marks = [example[i] for i in places]
     assert places[0] == 0 and places[-1] == len(example) - 1 and len(places) == 4
     a, b, middle = (example[i + 1:j] for i, j in zip(places, places[1:]))
-    psm, spm, found = objective.spm_rate < 1, objective.spm_rate > 0, []
+    rate, layout, found = knobs.get("spm_rate", 0.5), knobs.get("spm_layout", "any"), []
+    psm, spm = rate < 1, rate > 0
     if marks == [tok.pre, tok.suf, tok.mid, tok.eot]:
-        if psm or objective.spm_layout == "joint" and not a:
+        if psm or layout in ("joint", "any") and not a:
             found.append((a, middle, b))
-        if spm and objective.spm_layout == "swapped":
+        if spm and layout in ("swapped", "any"):
             found.append((b, middle, a))
-    if marks == [tok.suf, tok.pre, tok.mid, tok.eot] and spm and objective.spm_layout == "labelled":
+    if marks == [tok.suf, tok.pre, tok.mid, tok.eot] and spm and layout in ("labelled", "any"):
         found.append((b, middle, a))
-    assert found, f"not a layout of {objective}: {marks}"
+    assert found, f"not a layout of {knobs}: {marks}"
     return found
 
 
-def check_row(inputs, targets, window, objective, tok):
-    """Asserts all that holds for every row of every objective; returns the number of FIM examples in it."""
-    T, masked, n = len(window) - 1, inputs == tok.mask, 0
-    assert inputs.shape == targets.shape == (T,) and tok.mask not in targets
-    ids = np.append(window[0] if masked[0] else inputs[0], targets)
-    ordinary = ~np.isin(ids[:-1], tok.specials)
-    assert np.array_equal(inputs[~masked], ids[:-1][~masked]) and ordinary[masked].all()
-    assert masked.sum() == min(int(T * objective.mask_ratio), ordinary.sum())
-    assert objective.fim_rate > 0 or np.array_equal(ids, window)
+def check_row(inputs, targets, window, tok, knobs):
+    """Asserts what holds for every row of every objective; returns the number of FIM examples in it."""
+    T = len(window) - 1
+    assert inputs.shape == targets.shape == (T,) and inputs.dtype == targets.dtype == np.int64
+    # Unmask each input by the target of the position before it; where that is IGNORE, by the window.
+    before = np.append(window[0], targets[:-1])
+    before = np.where(before == IGNORE, window[:-1], before)
+    ids = np.append(np.where(inputs == tok.mask, before, inputs), window[-1])
+    if targets[-1] != IGNORE:
+        ids[-1] = targets[-1]
+    assert not np.isin(ids[:-1][inputs == tok.mask], tok.specials).any(), "no special token is masked"
+    assert ((targets == IGNORE) | (targets == ids[1:])).all(), "a target is the true next token, or IGNORE"
+    n = 0
     for n, (source, example) in enumerate(examples(ids, window, tok), 1):
-        source = tok.decode_bytes(source)
-        read = [tuple(map(tok.decode_bytes, parts)) for parts in readings(example, objective, tok)]
-        assert any(source.startswith(p + m + s) if s else p + m in source for p, m, s in read), (source, read)
+        text = tok.decode_bytes(source)
+        for prefix, middle, suffix in readings(example, tok, knobs):
+            p, m, s = map(tok.decode_bytes, (prefix, middle, suffix))
+            if text.startswith(p + m + s) if s else p + m in text:
+                break
+        else:
+            raise AssertionError((text, example))
     return n
+
+
+def too_short(n_ids, n_characters):
+    """The share of documents of single bytes that stay plain: four tokens of layout need room in prefix and
+    suffix, less the place of their own <EOT>."""
+    need = 4 - (n_ids - n_characters)
+    cuts = list(product(range(n_characters + 1), repeat=2))
+    return sum(n_characters - abs(i - j) < need for i, j in cuts) / len(cuts)
+
+
+def is_chi_square(cells):
+    """cells: (observed, expected). True if chi-square is within five standard deviations of its mean."""
+    chi_square, freedom = sum((observed - e) ** 2 / e for observed, e in cells), len(cells) - 1
+    return chi_square < freedom + 5 * (2 * freedom) ** 0.5

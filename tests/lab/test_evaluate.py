@@ -1,5 +1,5 @@
-"""Every scorer against a value found another way, an oracle that knows the answers and a model that knows nothing, the
-problems' own tests, the sandbox, and the files that a user may hand in."""
+"""Each score against a value found another way; an oracle that knows the answers and a blind model to which
+all tokens are equally likely; the problems' own tests; the sandbox; and the files that a user may hand in."""
 import gzip
 import importlib.util
 import itertools
@@ -12,14 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attention
-import evaluate
-import problems
-import sandbox
-import train
-from data import single_line_holes
+from cli import save_checkpoint
+from lab import attention, evaluate, sandbox, tasks
+from lab.report import figure, pool, table
 from model import GPT, GPTConfig
-from objectives import OBJECTIVES, fim_example, fim_prompt
+from objectives import OBJECTIVES, fim_example, fim_prompt, knobs_of
 from sample import infill_prompt
 
 LN2 = math.log(2)
@@ -36,13 +33,15 @@ def model(tok):
 
 
 class Oracle(torch.nn.Module):
-    """Knows what follows some prompts, and finds every token equally likely elsewhere; without any it knows nothing."""
+    """Knows what follows the given prompts; elsewhere every token is equally likely. Without answers it is
+    blind."""
 
     def __init__(self, tok, answers=()):
         super().__init__()
         self.config = GPTConfig(tok.n_vocab, block_size=512, n_layer=1, n_head=1, n_embd=2)
         self.nothing = torch.nn.Parameter(torch.zeros(1))
-        self.known = {(*prompt, *answer[:i]): answer[i] for prompt, answer in answers for i in range(len(answer))}
+        self.known = {(*prompt, *answer[:i]): following for prompt, answer in answers
+                      for i, following in enumerate(answer)}
 
     def forward(self, idx, targets=None, cache=None):
         seen = idx
@@ -62,25 +61,25 @@ def means(figures):
     return {name: f["mean"] for name, f in figures.items() if "mean" in f}
 
 
-def test_a_figure_is_a_mean_with_its_standard_error():
-    values = np.array([3.0, 1.0, 4.0, 1.0, 5.0])
-    f = evaluate.figure(values)
-    assert f["mean"] == 2.8 and f["n"] == 5
-    assert f["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(5))
-    assert evaluate.figure([6, 1], [3, 1])["mean"] == 7 / 4
-    assert evaluate.figure([6, 1], [3, 1])["se"] == pytest.approx(math.sqrt(2 * (0.75**2 + 0.75**2)) / 4)
-    assert evaluate.figure([])["mean"] is None and evaluate.figure([1])["se"] is None
+def test_a_figure_worked_by_hand():
+    # squared residuals 1/16, 9/16, 1/16, 1/16: their sum 3/4 over n - 1 = 3 is the variance, 1/4
+    assert figure([1, 0, 1, 1]) == {"mean": 0.75, "se": math.sqrt(1 / 4) / math.sqrt(4), "n": 4, "unit": "%"}
+    # 6 of 3 and 1 of 1: (6 + 1) / (3 + 1) = 7/4; residuals 6 - 3 * 7/4 = 3/4 and 1 - 7/4 = -3/4
+    weighted = figure([6, 1], [3, 1], "bits")
+    assert weighted["mean"] == 7 / 4 and weighted["se"] == pytest.approx(math.sqrt(2 * (9 / 16 + 9 / 16)) / 4)
+    assert figure([])["mean"] is None and figure([1])["se"] is None
 
 
 def test_pooled_runs_give_the_mean_and_the_error_over_seeds():
     def run(mean):
         return {"bpb": {"x": {"mean": mean, "se": 9, "n": 7, "unit": "bits/byte"}, "grid": [1]}}
 
-    pooled = evaluate.pool({"a": run(1.0), "b": run(2.0), "c": run(6.0), "d": run(None)},
-                           {"a": "ntp", "b": "ntp", "c": "ntp", "d": "fim"})
+    pooled = pool({"a": run(1.0), "b": run(2.0), "c": run(6.0), "d": run(None)},
+                  {"a": "ntp", "b": "ntp", "c": "ntp", "d": "fim"})
     assert list(pooled) == ["ntp (3)", "fim (1)"] and list(pooled["ntp (3)"]["bpb"]) == ["x"]
-    assert pooled["ntp (3)"]["bpb"]["x"] == pytest.approx({"mean": 3, "se": math.sqrt(7 / 3), "n": 3, "unit": "bits/byte"})
-    assert "-" in evaluate.table(pooled).splitlines()[1] and "3.000 ± 1.528" in evaluate.table(pooled)
+    assert pooled["ntp (3)"]["bpb"]["x"] == pytest.approx(
+        {"mean": 3, "se": math.sqrt(7 / 3), "n": 3, "unit": "bits/byte"})
+    assert table(pooled).splitlines()[1].split() == ["bpb", "x", "bits/byte", "3.000", "±", "1.528", "-"]
 
 
 def test_score_gives_each_token_what_the_model_gives_it_alone(model, tok, stream):
@@ -92,8 +91,10 @@ def test_score_gives_each_token_what_the_model_gives_it_alone(model, tok, stream
         pairs.append((ids[:n], ids[n:]))
     for (prompt, continuation), s in zip(pairs, evaluate.score(model, pairs, watch=7)):
         with torch.no_grad():
-            log_p = F.log_softmax(model(torch.tensor([prompt + continuation]))[0][0], dim=-1)[len(prompt) - 1:-1]
-        np.testing.assert_allclose(s.log_p, [log_p[i, token] for i, token in enumerate(continuation)], atol=1e-4)
+            logits = model(torch.tensor([prompt + continuation]))[0][0, len(prompt) - 1:-1]
+        log_p = F.log_softmax(logits, dim=-1)
+        expected = [log_p[i, token] for i, token in enumerate(continuation)]
+        np.testing.assert_allclose(s.log_p, expected, atol=1e-4)
         np.testing.assert_allclose(s.watched, log_p[:, 7], atol=1e-4)
         assert s.likeliest.tolist() == log_p.argmax(-1).tolist()
 
@@ -115,24 +116,33 @@ def test_continuations_are_those_of_a_loop_without_a_cache(model, tok):
         assert samples[0][0] == ids[len(prompt):]
 
 
-def test_bits_per_byte_are_those_of_training_and_of_a_blind_guess(model, tok, stream):
-    ours = evaluate.bpb(model, tok, stream, 40)["left to right"]
-    assert ours["mean"] == pytest.approx(train.bits_per_byte(model, train.text_rows(stream, tok, 64, 40), tok), rel=1e-5) and ours["n"] == 40
+def test_bits_per_byte_are_those_of_a_plain_loop_and_of_a_blind_guess(model, tok, stream):
+    nats = size = 0
+    for start in np.linspace(0, len(stream) - 65, 40).astype(int):
+        ids = torch.tensor(stream[start:start + 65].tolist())
+        with torch.no_grad():
+            log_p = F.log_softmax(model(ids[None, :-1])[0][0], dim=-1)
+        nats -= sum(log_p[i, token].item() for i, token in enumerate(ids[1:]) if token != tok.eot)
+        size += len(tok.decode_bytes(ids[1:].tolist()))
+    measured = evaluate.bpb(model, tok, stream, 40)["left to right"]["mean"]
+    assert measured == pytest.approx(nats / LN2 / size, rel=1e-4)
+    windows = [stream[start + 1:start + 513] for start in np.linspace(0, len(stream) - 513, 10).astype(int)]
+    bits = sum((w != tok.eot).sum() for w in windows) * math.log2(tok.n_vocab)
     blind = evaluate.bpb(Oracle(tok), tok, stream, 10)["left to right"]["mean"]
-    windows = np.concatenate([stream[s + 1:s + 513] for s in np.linspace(0, len(stream) - 513, 10).astype(int)])
-    assert blind == pytest.approx((windows != tok.eot).sum() * math.log2(tok.n_vocab) / tok.n_bytes[windows].sum())
+    assert blind == pytest.approx(bits / sum(len(tok.decode_bytes(w.tolist())) for w in windows))
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_middle_bits_per_byte_are_the_cost_of_the_middle_in_the_training_layout(model, tok, stream, order):
     figures = means(evaluate.middle_bpb(model, tok, stream, [order], "joint", limit=6, seed=2))
-    cuts = problems.cut_texts(stream, tok, 6, 60, 2)
+    cuts = tasks.random_span_holes(stream, tok, 6, 2, 60)
     assert len(cuts) == 6
 
     def cost(ids, n):
         ids = torch.tensor([[tok.eot, *ids]])
         with torch.no_grad():
-            return F.cross_entropy(model(ids)[0][0, :-1], ids[0, 1:], reduction="none")[-n:].sum().item() / LN2
+            nats = F.cross_entropy(model(ids)[0][0, :-1], ids[0, 1:], reduction="none")
+        return nats[-n:].sum().item() / LN2
 
     size = sum(len(tok.decode_bytes(middle)) for _, middle, _ in cuts)
     with_suffix = sum(cost(fim_example(p, m, s, tok, order, "joint")[:-1], len(m)) for p, m, s in cuts)
@@ -141,49 +151,80 @@ def test_middle_bits_per_byte_are_the_cost_of_the_middle_in_the_training_layout(
     assert figures["middle, prefix alone"] == pytest.approx(alone / size, rel=1e-4)
 
 
+def test_holes_are_single_lines_and_two_uniform_characters(tok, stream):
+    text = tok.decode(stream.tolist())
+    for prefix, middle, suffix in tasks.single_line_holes(stream, tok, 20, 1, 30, 20, 15):
+        assert (len(prefix), len(suffix)) == (30, 20) and 0 < len(middle) <= 15
+        line = tok.decode(middle)
+        assert line.strip() and line.endswith("\n") and line.count("\n") == 1
+        assert tok.decode(prefix + middle + suffix) in text and tok.decode(prefix).endswith("\n")
+    holes = tasks.random_span_holes(stream, tok, 400, 1, 60)
+    shares = []
+    for parts in holes:
+        texts = [tok.decode(part) for part in parts]
+        assert parts[1] and sum(map(len, parts)) <= 60 and "".join(texts) in text
+        shares.append([len(part) / len("".join(texts)) for part in texts])
+    np.testing.assert_allclose(np.mean(shares, axis=0), 1 / 3, atol=0.05)  # of two uniform cuts
+
+
 def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, stream):
-    holes = single_line_holes(stream, tok, 6, 1)
-    oracle = Oracle(tok, [(fim_prompt(p, s, tok, "spm"), [*m, tok.eot]) for p, m, s in holes])
+    holes = tasks.single_line_holes(stream, tok, 6, 1) + tasks.random_span_holes(stream, tok, 6, 1, 120)
+    oracle = Oracle(tok, [(fim_prompt(p, s, tok, "spm", "joint"), [*m, tok.eot]) for p, m, s in holes])
     figures = means(evaluate.stopping(oracle, tok, stream, limit=6))
-    assert figures.pop("P(<EOT>) elsewhere") < 1e-9
-    for control in ("another hole's suffix", "the suffix a line later"):  # it knows the holes with their own suffix alone
-        assert figures.pop(f"P(<EOT>) there before {control}") < 0.01
-    assert all(value == pytest.approx(1) for value in figures.values())
+    for kind in ("line", "span"):
+        assert figures.pop(f"{kind}: P(<EOT>) elsewhere in the middle") < 1e-9
+        for control in ("another hole's suffix", "the suffix a line later"):  # holes that it does not know
+            assert figures.pop(f"{kind}: P(<EOT>) at the true end before {control}") < 0.01
+    assert len(figures) == 14 and all(value == pytest.approx(1) for value in figures.values())
     figures = means(evaluate.stopping(Oracle(tok), tok, stream, limit=6, n=2))
-    for name in ("P(<EOT>) at the true end", "P(<EOT>) elsewhere"):
-        assert figures[name] == pytest.approx(1 / tok.n_vocab)
-    assert figures["greedy ends in <EOT>"] == figures["best of 2 exact match"] == 0
+    for name in ("true end", "true end before another hole's suffix"):
+        assert figures[f"span: P(<EOT>) at the {name}"] == pytest.approx(1 / tok.n_vocab)
+    assert figures["line: P(<EOT>) elsewhere in the middle"] == pytest.approx(1 / tok.n_vocab)
+    assert figures["line: greedy ends in <EOT>"] == figures["span: best of 2 exact match"] == 0
 
 
-RECALL = {"needle": (problems.needle_prompts, evaluate.needle, ["stream"]),
-          "multidoc": (problems.multidoc_prompts, evaluate.multidoc, []),
-          "multineedle": (problems.multineedle_prompts, evaluate.multineedle, ["stream"])}
+PROMPTS = {"needle": lambda tok, stream: tasks.needle_prompts(512, tok, stream, 20, 3),
+           "records": lambda tok, stream: tasks.records_prompts(512, tok, 10, 3),
+           "multineedle": lambda tok, stream: tasks.multineedle_prompts(512, tok, stream, 10, 3)}
 
 
-@pytest.mark.parametrize("name", RECALL)
+@pytest.mark.parametrize("name", PROMPTS)
 def test_an_oracle_recalls_everything_and_a_blind_model_nothing(name, tok, stream):
-    make, task, needs = RECALL[name]
-    given = [stream] * len(needs)
-    made = make(512, tok, *given, 10, 3)
-    assert made and all(len(prompt) <= 512 - problems.ROOM for _, prompt, *_ in made)
-    for _, prompt, answer, other in made:  # the answer stands in the prompt, once, and is not the other value
+    questions = PROMPTS[name](tok, stream)
+    assert questions and all(len(prompt) <= 500 for _, prompt, *_ in questions)
+    for _, prompt, answer, other in questions:
         assert tok.decode(prompt).count(f'"{answer}') == 1 and answer != other
-    oracle = Oracle(tok, [(prompt, tok.encode(answer)) for _, prompt, answer, _ in made])
-    for model, right, preferred in ((oracle, 1, 1), (Oracle(tok), 0, 0.5)):
-        for key, value in means(task(model, tok, *given, 10, 3)).items():
+    oracle = Oracle(tok, [(prompt, tok.encode(answer)) for _, prompt, answer, _ in questions])
+    for model, recalled, preferred in ((oracle, 1, 1), (Oracle(tok), 0, 0.5)):
+        for key, value in means(evaluate.recall(model, tok, questions, name)).items():
             if "bits" not in key:
-                assert value == (preferred if "preferred" in key else right), key
+                assert value == (preferred if "preferred" in key else recalled), key
 
 
-def test_a_needle_lies_at_its_depth_and_the_prompt_has_its_length(tok, stream):
-    for (length, depth), prompt, answer, _ in problems.needle_prompts(512, tok, stream, 20, 1):
-        text = tok.decode(prompt)
-        assert len(prompt) == length - problems.ROOM
-        assert abs(text.index(f'"{answer}') / len(text) - depth) < 0.35
+def test_a_needle_lies_at_the_line_end_nearest_to_its_depth(tok, stream):
+    for (length, depth), prompt, answer, _ in tasks.needle_prompts(512, tok, stream, 20, 1):
+        assert len(prompt) == length - 12
+        before, needle, after = tok.decode(prompt).partition(f' = "{answer}\n')
+        name = before.rpartition("\n")[2]
+        before, question = before.removesuffix(name), f'\nassert {name} == "'
+        assert needle and after.endswith(question)
+        before, after = before.encode(), after.removesuffix(question).encode()
+        ends = [0] + [i for i, byte in enumerate(before + after, 1) if byte == ord("\n")]
+        # depth is counted in tokens, this test in bytes: a tenth of the text for the difference
+        nearest = min(abs(end - depth * len(before + after)) for end in ends)
+        assert abs(len(before) - depth * len(before + after)) <= nearest + 0.1 * len(before + after)
+
+
+def test_a_record_stands_at_its_position(tok):
+    for (k, position), prompt, answer, other in tasks.records_prompts(512, tok, 10, 1):
+        records, _, question = tok.decode(prompt).partition("}\n")
+        lines = records.splitlines()[1:]
+        key = question.removeprefix('assert records[').removesuffix('] == "')
+        assert len(lines) == k and lines[position - 1] == f'{key}: "{answer},' and f'"{other},' in records
 
 
 def test_a_chain_of_needles_leads_to_the_value(tok, stream):
-    for number, prompt, answer, other in problems.multineedle_prompts(512, tok, stream, 5, 1):
+    for (number, _), prompt, answer, other in tasks.multineedle_prompts(512, tok, stream, 5, 1):
         lines = [line.split(" = ") for line in tok.decode(prompt).splitlines() if line.count(" = ") == 1]
         values = {name: source for name, source in lines}
         name = tok.decode(prompt).rpartition("assert ")[2].split()[0]
@@ -193,26 +234,29 @@ def test_a_chain_of_needles_leads_to_the_value(tok, stream):
 
 
 def test_choice_takes_the_likeliest_per_token_and_shares_ties(tok, stream):
-    questions = problems.docstring_questions(stream, tok, 8, 1)
+    questions = tasks.docstring_questions(stream, tok, 8, 1)
     assert len(questions) == 8 and all(len(set(choices)) == 4 for _, choices, _ in questions)
-    oracle = Oracle(tok, [(tok.encode(context), tok.encode(choices[label])) for context, choices, label in questions])
-    assert evaluate.choice(oracle, tok, questions)["right"]["mean"] == 1
-    assert evaluate.choice(Oracle(tok), tok, questions)["right"]["mean"] == 0.25
-    scores = [evaluate.Score(np.array(log_p), None, None) for log_p in ([-1.0, -1.0, -1.0], [-1.5], [-0.5, -3.0])]
+    oracle = Oracle(tok, [(tok.encode(context), tok.encode(choices[label]))
+                          for context, choices, label in questions])
+    assert evaluate.choice(oracle, tok, questions)["docstring of a function"]["mean"] == 1
+    assert evaluate.choice(Oracle(tok), tok, questions)["docstring of a function"]["mean"] == 0.25
+    scores = [evaluate.Score(np.array(log_p), None, None)
+              for log_p in ([-1.0, -1.0, -1.0], [-1.5], [-0.5, -3.0])]
     assert [evaluate.choose(scores, label) for label in range(3)] == [1, 0, 0]
 
 
-def test_answers_cost_an_oracle_nothing_and_a_blind_model_all(tok, stream):
+def test_an_oracle_needs_no_bits_for_an_answer_and_a_blind_model_the_vocabulary(tok, stream):
     ids = stream[:400].tolist()
     pairs = [(ids[i:i + 5], ids[i + 5:i + 5 + n]) for i, n in zip(range(0, 360, 40), range(3, 12))]
     too_long = ([1], [2] * 600)
     knows = Oracle(tok, [([*prompt, tok.mid], [*answer, tok.eot]) for prompt, answer in pairs])
     assert means(evaluate.answers(knows, tok, [too_long, *pairs], True)) == pytest.approx(
         {"answer": 0, "likeliest token": 1, "exact match": 1}, abs=1e-6)
-    assert evaluate.answers(knows, tok, pairs, False)["exact match"]["mean"] == 0  # without <MID> it knows nothing
+    assert evaluate.answers(knows, tok, pairs, False)["exact match"]["mean"] == 0  # without <MID>
     blind = means(evaluate.answers(Oracle(tok), tok, pairs, True))
     tokens = [token for _, answer in pairs for token in answer]
-    assert blind["answer"] == pytest.approx(len(tokens) * math.log2(tok.n_vocab) / len(tok.decode_bytes(tokens)))
+    bits = len(tokens) * math.log2(tok.n_vocab)
+    assert blind["answer"] == pytest.approx(bits / len(tok.decode_bytes(tokens)))
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass():
@@ -223,107 +267,123 @@ def test_pass_at_k_is_the_share_of_draws_with_a_pass():
 
 
 @pytest.fixture(scope="module")
-def some_problems():
-    return problems.stdlib_problems(5, 1)
+def problems():
+    return tasks.stdlib_problems(5, 1)
 
 
-def test_unmodified_functions_pass_and_empty_ones_do_not(some_problems):
-    assert len(some_problems) >= 16
-    assert {p.task_id.split("/")[0] for p in some_problems} == {
+def test_unmodified_functions_pass_and_empty_ones_do_not(problems):
+    assert len(problems) >= 16
+    assert {p.task_id.split("/")[0] for p in problems} == {
         "SingleLineInfilling", "MultiLineInfilling", "RandomSpanInfilling", "RandomSpanInfillingLight"}
-    for p in some_problems:
+    for p in problems:
         assert 0 < p.end - p.start <= 160
         assert p.passes(p.text[p.start:p.end]), p.task_id
-    assert not any(p.passes("") for p in some_problems)
+    assert not any(p.passes("") for p in problems)
 
 
-def test_an_oracle_fills_every_hole_and_a_blind_model_none(tok, some_problems):
-    answers = [(infill_prompt(Oracle(tok), tok, p.text[max(0, p.start - 8192):p.start], p.text[p.end:p.end + 8192], 128,
-                              "spm", "swapped"), [*tok.encode(p.text[p.start:p.end]), tok.eot]) for p in some_problems]
+def prompt_of(p, tok):
+    around = p.text[max(0, p.start - 8192):p.start], p.text[p.end:p.end + 8192]
+    return infill_prompt(Oracle(tok), tok, *around, 128, "spm", "joint")
+
+
+def test_an_oracle_fills_every_hole_and_a_blind_model_none(tok, problems):
+    answers = [(prompt_of(p, tok), [*tok.encode(p.text[p.start:p.end]), tok.eot]) for p in problems]
     samples = []
-    figures = means(evaluate.infill(Oracle(tok, answers), tok, some_problems, run_tests=True, samples=samples))
+    figures = means(evaluate.infill(Oracle(tok, answers), tok, problems, run_tests=True, samples=samples))
     assert len(figures) == 16 and all(value == 1 for value in figures.values())
-    assert [s["completion"] for s in samples] == [p.text[p.start:p.end] for p in some_problems]
-    figures = means(evaluate.infill(Oracle(tok), tok, some_problems, n=2, temperature=0.8))
+    assert [s["completion"] for s in samples] == [p.text[p.start:p.end] for p in problems]
+    figures = means(evaluate.infill(Oracle(tok), tok, problems, n=2, temperature=0.8))
     assert all(value == 0 for name, value in figures.items() if "exact" in name)
 
 
-def test_nothing_runs_unless_asked(tok, some_problems, monkeypatch):
+def test_completions_are_plain_samples_also_where_they_repeat_the_suffix(tok, problems):
+    p = max(problems, key=lambda p: p.start)
+    runs_on = tok.encode(p.text[p.start:p.end + 2000])[:128]
+    samples = []
+    evaluate.infill(Oracle(tok, [(prompt_of(p, tok), runs_on)]), tok, [p], samples=samples)
+    assert samples[0]["completion"] == tok.decode(runs_on)
+
+
+def test_nothing_runs_unless_asked(tok, problems, monkeypatch):
     monkeypatch.setattr(sandbox, "run", None)
-    assert "SingleLine spm exact match" in evaluate.infill(Oracle(tok), tok, some_problems[:1])
+    assert "SingleLine spm exact match" in evaluate.infill(Oracle(tok), tok, problems[:1])
+
+
+PROBLEM = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "prompt": "def f(x):\n",
+           "canonical_solution": "    y = x + 1\n", "suffix": "    return y\n",
+           "test": "def check(f):\n    assert f(1) == 2", "entry_point": "f"}
 
 
 def test_public_infilling_problems_are_read_and_judged(tmp_path):
-    record = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "prompt": "def f(x):\n",
-              "canonical_solution": "    y = x + 1\n", "suffix": "    return y\n",
-              "test": "def check(f):\n    assert f(1) == 2", "entry_point": "f"}
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as f:
-        f.write(json.dumps(record) + "\n\n")
-    problem, = problems.read_problems(tmp_path / "p.jsonl.gz")
+        f.write(json.dumps(PROBLEM) + "\n\n")
+    problem, = tasks.read_problems(tmp_path / "p.jsonl.gz")
     assert problem.passes("    y = 1 + x\n")
-    assert not problem.passes("    y = x\n") and not problem.passes("") and not problem.passes("    exit(0)\n")
+    assert not any(problem.passes(wrong) for wrong in ("    y = x\n", "", "    exit(0)\n"))
 
 
-def test_lost_in_the_middle_files_are_read_and_judged(tok, tmp_path):
-    record = {"question": "Who?", "answers": ["The Smith."], "ctxs": [{"title": "a", "text": "b"},
-                                                                      {"title": "c", "text": "d", "isgold": True}]}
-    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"question": "x" * 3000}))
-    documents = problems.read_documents(tmp_path / "d.jsonl")
-    assert documents[0][1:] == (["The Smith."], ["Document [1](Title: a) b", "Document [2](Title: c) d"], 2)
-    prompt = tok.encode("Answer the question from the documents.\n\nDocument [1](Title: a) b\n"
-                        "Document [2](Title: c) d\n\nQuestion: Who?\nAnswer:")
-    oracle = Oracle(tok, [(prompt, [*tok.encode(" a smith, I think"), tok.eot])])
-    figures = means(evaluate.multidoc_file(oracle, tok, documents))
-    assert figures == {"file: fits the context": 0.5, "file: right": 1, "file: 2 documents, answer at 2": 1}
-    assert means(evaluate.multidoc_file(Oracle(tok), tok, documents))["file: right"] == 0
+@pytest.mark.parametrize("answer, is_right", [
+    (" a smith, I think", 1), ("The smith!\nQuestion", 1), (" Nobody.\nThe Smith.", 0)])
+def test_lost_in_the_middle_is_prompted_and_judged_as_by_its_authors(answer, is_right, tok, tmp_path):
+    ctxs = [{"title": "a", "text": "b"}, {"title": "c", "text": "d", "isgold": True}]
+    record = {"question": "Who?", "answers": ["The Smith."], "ctxs": ctxs}
+    too_long = record | {"question": "x" * 3000}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(too_long))
+    documents = tasks.read_documents(tmp_path / "d.jsonl")
+    prompt = ("Write a high-quality answer for the given question using only the provided search results "
+              "(some of which might be irrelevant).\n\nDocument [1](Title: a) b\nDocument [2](Title: c) d\n\n"
+              "Question: Who?\nAnswer:")
+    assert documents[0] == (prompt, ["The Smith."], 2, 2)
+    oracle = Oracle(tok, [(tok.encode(prompt), [*tok.encode(answer), tok.eot])])
+    assert means(evaluate.multidoc(oracle, tok, documents)) == {
+        "fits the context": 0.5, "right": is_right, "2 documents, answer at 2": is_right}
 
 
-GOOD = {"problems": dict.fromkeys(("task_id", "prompt", "suffix", "canonical_solution", "test", "entry_point"), "x"),
-        "documents": {"question": "q", "answers": ["a"], "ctxs": [{"text": "t"}]},
-        "questions": {"context": "c", "choices": ["a", "b"], "label": 1}}
+DOCUMENT = {"question": "q", "answers": ["a"], "ctxs": [{"text": "t"}]}
 
 
-@pytest.mark.parametrize("kind, bad, said", [
-    ("problems", '{"task_id": ', "not JSON"), ("problems", "[1]", 'no field "task_id"'),
-    ("problems", {"test": 3}, 'no field "test" of type str'), ("documents", {"answers": []}, '"answers"'),
-    ("documents", {"ctxs": [{}]}, '"ctxs"'), ("questions", {"label": 2}, '"label" to be 0 to 1'),
-    ("questions", {"choices": [1]}, '"choices"')])
-def test_a_damaged_file_gets_one_line_with_the_line_number(kind, bad, said, tmp_path, capsys):
-    good = GOOD[kind]
-    bad = bad if isinstance(bad, str) else json.dumps(good | bad)
-    (tmp_path / "f.jsonl").write_text(f"{json.dumps(good)}\n{bad}\n")
+@pytest.mark.parametrize("arguments, good, bad, message", [
+    ("--problems F", PROBLEM, '{"task_id": ', "line 2 is not JSON"),
+    ("--problems F", PROBLEM, "[1]", 'line 2 has no field "task_id"'),
+    ("--problems F", PROBLEM, {"test": 3}, 'line 2 has no field "test" of type str'),
+    ("--documents F", DOCUMENT, {"answers": []}, 'line 2: expected "answers"'),
+    ("--documents F", DOCUMENT, {"ctxs": [{}]}, 'line 2: expected each of "ctxs"'),
+    ("--documents F.gz", DOCUMENT, None, "cannot be read after line"),
+    ("--tasks multidoc", None, None, "expected --documents F"),
+    ("--tasks bpc", None, None, "expected one of all, bpb"), ("--limit 0", None, None, "--limit 0"),
+    ("--n 0", None, None, "--n 0"), ("--seed -1", None, None, "--seed -1"),
+    ("--temperature nan", None, None, "--temperature nan"),
+    ("--ckpt none", None, None, "no such checkpoint")])
+def test_a_mistake_gets_one_line(arguments, good, bad, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad = bad if isinstance(bad, str) else json.dumps((good or {}) | (bad or {}))
+    (tmp_path / "F").write_text(f"{json.dumps(good)}\n{bad}\n")
+    (tmp_path / "F.gz").write_bytes(gzip.compress(f"{json.dumps(good)}\n".encode() * 2000)[:60])
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([f"--{kind}", str(tmp_path / "f.jsonl")])
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.count("\n") == 1 and "line 2" in message and said in message
-
-
-def test_half_a_gzip_file_gets_one_line(tmp_path):
-    whole = gzip.compress("\n".join(json.dumps(GOOD["questions"]) for _ in range(2000)).encode())
-    (tmp_path / "f.jsonl.gz").write_bytes(whole[:len(whole) // 2])
-    with pytest.raises(ValueError, match="f.jsonl.gz: cannot be read after line"):
-        problems.read_questions(tmp_path / "f.jsonl.gz")
+        evaluate.main([*(["--tasks", "bpb"] if "tasks" not in arguments else []), *arguments.split()])
+    printed = capsys.readouterr().err
+    assert stopped.value.code in (1, 2) and printed.count("\n") == 1 and message in printed
 
 
 def test_attention_received_is_a_mean_over_heads_and_the_queries_that_see_a_position(model):
     rows = torch.randint(200, (3, 10))
-    for attention_kind in ("manual", "fused"):
-        model.config.attention = attention_kind
-        found = attention.received(model, rows.numpy())
-        assert model.config.attention == attention_kind
+    for kind in ("manual", "fused"):
+        model.config.attention = kind
+        att = attention.received(model, rows.numpy())
+        assert model.config.attention == kind
     model.config.attention = "manual"
     weights = attention.weights(model, rows)
     assert weights.shape == (3, 2, 2, 10, 10)
     for n, j in itertools.product(range(3), range(10)):
         expected = np.mean([weights[n, :, :, i, j].mean() * (i + 1) for i in range(j, 10)])
-        assert found[n, j] == pytest.approx(expected, rel=1e-4)
+        assert att[n, j] == pytest.approx(expected, rel=1e-4)
 
 
 def test_decay_and_variance_are_the_papers_formulas():
     plain, masked = np.array([[1.0, 2, 3, 4]]), np.array([[0.5, 2, 1, 9]])
-    hidden = np.array([[True, False, True, False]])
-    there, fall, variance, rise = (part[0] for part in attention.compare(plain, masked, hidden))
-    assert fall / there == pytest.approx(((1 + 3) - (0.5 + 1)) / (1 + 3))
+    is_masked = np.array([[True, False, True, False]])
+    before, fall, variance, rise = (part[0] for part in attention.compare(plain, masked, is_masked))
+    assert fall / before == pytest.approx(((1 + 3) - (0.5 + 1)) / (1 + 3))
     assert variance == np.var([2, 4]) and variance + rise == np.var([2, 9])
 
 
@@ -331,8 +391,9 @@ def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(m
     even = GPT(model.config).eval()
     for block in even.transformer.h:
         torch.nn.init.zeros_(block.attn.c_attn.weight)
-    figures = means(evaluate.attention(even, tok, stream, limit=4, segments=("a b c ", "d", "e f", "g h i j k l")))
-    lengths = [len(tok.encode(text)) for text in ("a b c ", "d", "e f", "g h i j k l")]
+    segments = ("a b c ", "d", "e f", "g h i j k l")
+    figures = means(evaluate.attention(even, tok, stream, limit=4, segments=segments))
+    lengths = [len(tok.encode(text)) for text in segments]
     for name, length in zip(attention.SEGMENTS, lengths):
         assert figures[f"share of {name}"] == pytest.approx(length / sum(lengths), rel=1e-4)
     assert figures["decay at masked positions, within the model"] == pytest.approx(0, abs=1e-5)
@@ -340,31 +401,39 @@ def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(m
         attention.shares(even, tok, ("", "d " * 80, "", "g"))
 
 
-def test_the_whole_run_writes_a_table_results_samples_and_figures(model, tok, documents, tmp_path, capsys, no_float64):
+def test_a_run_writes_a_table_results_samples_and_figures(tok, documents, tmp_path, capsys, no_float64):
     (tmp_path / "text.py").write_text("\n".join(documents[:3]))
     small = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=1, n_head=1, n_embd=16))
     for name in ("ntp", "fim"):
         (tmp_path / name).mkdir()
-        objective = {f: getattr(OBJECTIVES[name], f) for f in OBJECTIVES[name].__dataclass_fields__}
-        train.save_checkpoint(tmp_path / name / "ckpt.pt", {
-            "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(), "step": 1,
-            "optimizers": [], "objective": objective, "config": {"data": str(tmp_path / "text.py"), "objective": name}})
+        save_checkpoint(tmp_path / name / "ckpt.pt", {
+            "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(),
+            "step": 1, "optimizers": [], "config": {
+                "data": str(tmp_path / "text.py"), "objective": name, "knobs": knobs_of(OBJECTIVES[name])}})
     ckpt, fim, out, cache, png = (str(tmp_path / name) for name in ("ntp", "fim", "out", "cache", "png"))
     (tmp_path / "fim/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "epoch": 0.5, "answer_bpb": 2.0}\n')
-    (tmp_path / "pairs.jsonl").write_text("".join(f'{{"prompt": "{i}:", "answer": "{i} {i}"}}\n' for i in range(60)))
+    pairs = [{"prompt": f"{i}:", "answer": f"{i} {i}"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (tmp_path / "problems.jsonl").write_text(f"{json.dumps(PROBLEM)}\n" * 3)
+    (tmp_path / "documents.jsonl").write_text(json.dumps(DOCUMENT))
     can_draw = importlib.util.find_spec("matplotlib")
     evaluate.main(["--ckpt", ckpt, fim, "--limit", "2", "--out", out, "--cache-dir", cache, "--device", "cpu",
-                   "--pairs", str(tmp_path / "pairs.jsonl"), *(["--figures", png] if can_draw else [])])
-    lines = capsys.readouterr().out.splitlines()
+                   *(f"--{name}={tmp_path / name}.jsonl" for name in ("pairs", "problems", "documents")),
+                   *(["--figures", png] if can_draw else [])])
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert lines[0].split() == ["task", "ntp", "fim"] and len({len(line) for line in lines}) == 1
     assert {line.split()[0] for line in lines[1:]} == set(evaluate.TASKS)
+    assert "expects a sample of each of the 3 problems" in printed.err
     results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert results["ntp"]["bpb"] == results["fim"]["bpb"] and results["ntp"]["infill"] == {}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "results.json", "samples-fim-psm.jsonl", "samples-fim-spm.jsonl"}
+    samples = [json.loads(line) for line in (tmp_path / "out/samples-fim-psm.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 and all(sample.keys() == {"task_id", "completion"} for sample in samples)
     assert results["fim"]["answers"]["curve"] == [[0.5, 2.0]] and "curve" not in results["ntp"]["answers"]
     assert not can_draw or {path.name for path in (tmp_path / "png").iterdir()} == {
-        "needle.png", "multidoc.png", "answers.png", "attention.png", "head-ntp.png", "head-fim.png"}
+        "needle.png", "records.png", "answers.png", "attention.png"}
 
 
 SERVER = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"
@@ -373,9 +442,11 @@ SERVER = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"
 @pytest.mark.parametrize("program", [
     "while True: pass", "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
     "x = [0]\nwhile True: x += x", "open({outside!r}, 'w')", "import os\nos.open({outside!r}, os.O_CREAT)",
-    "import os\nos.remove({present!r})", "import os\nos.rename({present!r}, {outside!r})", SERVER, "import ctypes",
-    "import os\nos.fork()", "import os\nos.system('true')", "import subprocess\nsubprocess.run(['true'])",
-    "print('x' * 10**9)", "import os\nos._exit(0)", "raise SystemExit(0)", "def f(): f()\nf()", "syntax error"])
+    "import os\nos.remove({present!r})", "import os\nos.rename({present!r}, {outside!r})", SERVER,
+    "import ctypes", "import os\nos.fork()", "import os\nos.system('true')",
+    "import subprocess\nsubprocess.run(['true'])",
+    "print('x' * 10**9)", "import os\nos._exit(0)", "raise SystemExit(0)", "def f(): f()\nf()",
+    "syntax error"])
 def test_the_sandbox_stops_what_it_should(program, tmp_path):
     (tmp_path / "present").write_text("here")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -387,11 +458,14 @@ def test_the_sandbox_stops_what_it_should(program, tmp_path):
 
 
 def test_the_sandbox_lets_plain_programs_be():
-    assert sandbox.run("open('note', 'w').write('x')\nassert open('note').read() == 'x'\nprint('done')").why == "done"
+    program = "open('note', 'w').write('x')\nassert open('note').read() == 'x'\nprint('done')"
+    assert sandbox.run(program).why == "done"
     docstrings = {"right": ">>> f()\n1\n", "wrong": ">>> f()\n2\n"}
     outcome = sandbox.run("def f():\n    return 1\n", "m", docstrings, trace=True)
-    assert outcome.passed == {"right": True, "wrong": False} and not outcome.ok and 2 in outcome.lines["right"]
+    assert outcome.passed == {"right": True, "wrong": False} and not outcome.ok
+    assert 2 in outcome.lines["right"]
     program = "def f():\n    while True:\n        x = 1\n        return x\n"
     endless = program.index("        return"), len(program), "right"  # left out, it costs the others no time
-    outcome = sandbox.run(program, "m", docstrings, {"endless": endless, "whole": (0, 0, "right")}, timeout=20)
+    holes = {"endless": endless, "whole": (0, 0, "right")}
+    outcome = sandbox.run(program, "m", docstrings, holes, timeout=20)
     assert outcome.passed == {"endless": False, "whole": True}
