@@ -208,8 +208,13 @@ def learn_bpe(counts, n):
     return vocabulary
 
 
-def source_files(source):
-    """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none."""
+def source_files(source, cache_dir="cache"):
+    """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none.
+
+    A corpus of lab/corpora.py, by its name, is generated into a file in cache_dir."""
+    from lab import corpora  # imported when a source is named: it is a plug-in
+    if source.partition(":")[0] in corpora.CORPORA:
+        return [corpora.write(source, cache_dir)]
     paths = sysconfig.get_paths()
     if source == "stdlib":
         root = Path(paths["stdlib"])
@@ -231,8 +236,8 @@ def source_files(source):
     else:
         files = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f))
     if not files:
-        raise OSError(f"--data {source}: no such file; "
-                      "expected stdlib, site-packages, or a file, folder or glob")
+        raise OSError(f"--data {source}: no such file; expected stdlib, site-packages, "
+                      f"{', '.join(corpora.CORPORA)}, or a file, folder or glob")
     return files
 
 
@@ -347,7 +352,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
     tokenizer: bpe, bytes or gpt2; or give a Tokenizer as tok. The result is cached under a hash of the files'
     contents and the settings, written whole or not at all, and written again if damaged. Documents are
     streamed: memory does not grow with the corpus. Raises ValueError or OSError."""
-    files = source_files(source)
+    files = source_files(source, cache_dir)
     settings = tok.to_dict() if tok else [tokenizer, vocab_size if tokenizer == "bpe" else None]
     digest = hashlib.sha256(json.dumps([2, settings]).encode())
     for path in tqdm(files, desc="checking the cache", unit="file", leave=False, disable=len(files) < 2):

@@ -54,8 +54,9 @@ class Config:
     preset: str = setting("toy", "model, budget and learning rate in one; single flags override it")
     init_from: str = setting("", "a run's folder, or GPT-2's published weights: start from its weights, "
                              "shape and vocabulary")
-    data: str = setting("stdlib", "stdlib, site-packages, or a file, folder or glob of text or .jsonl[.gz]; "
-                        "for sft and meap_sft functions, or .json[l][.gz] of pairs")
+    data: str = setting("stdlib", "stdlib, site-packages, markov, relay, records, chains, or a file, folder "
+                        "or glob of text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of "
+                        "pairs")
     tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
                              ("bpe", "bytes", "gpt2"))
     vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
@@ -146,10 +147,11 @@ PRESETS = {
 FREE = {"device", "out", "cache_dir", "eval_every", "eval_tokens", "save_every", "compile"}
 
 
-def train(config, checkpoint=None):
+def train(config, checkpoint=None, measure=None):
     """Runs the training that config describes. Returns the last evaluation, {"held_out_bpb": bits per byte}.
 
-    checkpoint: the one to resume this run from, the weights of --init-from, or None for a new model."""
+    checkpoint: the one to resume this run from, the weights of --init-from, or None for a new model.
+    measure(model, tok, step) -> {name: value}: more to write into metrics.jsonl at each evaluation."""
     # Data: documents -> token stream -> windows -> rows, as the objective makes them.
     device, rank, world = join_processes(config)
     resuming = checkpoint is not None and "optimizers" in checkpoint
@@ -237,6 +239,10 @@ def train(config, checkpoint=None):
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             if done % config.eval_every == 0 or done == config.steps:
                 report = held_out_report(model, held_out_rows, tok, config, done, autocast)
+                if measure:
+                    model.eval()
+                    report |= measure(model, tok, done)
+                    model.train()
                 line |= report
             if rank == 0:
                 metrics.write(json.dumps(line) + "\n")

@@ -1,4 +1,4 @@
-"""Draws what evaluate.py measured, from its results alone. matplotlib is used here and nowhere else.
+"""Draws what evaluate.py and claims.py measured. matplotlib is used here and nowhere else.
 
     python -m lab.figures out/eval/results.json figures      draws them again
 
@@ -6,6 +6,8 @@
     records.png      the same by the position of the record that holds the answer
     answers.png      bits per byte of held-out answers over the epochs of fine-tuning
     attention.png    shares of the last token's attention on the four parts of a text
+
+bars, lines and scatter draw the panels of claims.py: a point a seed, their mean as a bar or a line.
 """
 import json
 from pathlib import Path
@@ -114,6 +116,42 @@ def attention(plt, measured):
     axis.set_axisbelow(True)
     axis.legend(fontsize=8)
     return fig
+
+
+def bars(axis, label, values):
+    """{name: values (seeds,)}"""
+    for i, (name, of_seeds) in enumerate(values.items()):
+        axis.bar(i, of_seeds.mean(), 0.6, color=COLOURS[i % len(COLOURS)], alpha=0.5)
+        axis.plot([i] * len(of_seeds), of_seeds, "o", color=COLOURS[i % len(COLOURS)], markersize=4)
+    axis.set_xticks(range(len(values)), values, fontsize=8)
+    axis.set_title(label, fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+
+
+def lines(axis, label, values):
+    """{name: (x (n,), values (seeds, n))}, x numbers or words; a name that begins with exact is dashed."""
+    for i, (name, (xs, of_seeds)) in enumerate(values.items()):
+        is_exact, colour = name.startswith("exact"), COLOURS[i % len(COLOURS)]
+        if is_exact and name.removeprefix("exact: ") in values:
+            colour = COLOURS[list(values).index(name.removeprefix("exact: "))]
+        axis.plot(xs, of_seeds.mean(0), "--" if is_exact else "-", color=colour, label=name, linewidth=1.5)
+        if not is_exact:
+            for of_seed in of_seeds:
+                axis.plot(xs, of_seed, ".", color=colour, markersize=4, alpha=0.6)
+    axis.set_title(label, fontsize=10)
+    axis.grid(alpha=0.3)
+    if len(values) > 1:
+        axis.legend(fontsize=8)
+
+
+def scatter(axis, label, pair):
+    """[exact probabilities, the model's]"""
+    axis.plot(*pair, ".", color=COLOURS[0], markersize=3, alpha=0.4)
+    axis.plot([0, 1], [0, 1], "--", color="#888888", linewidth=1)
+    axis.set_xlabel("exact")
+    axis.set_title(label, fontsize=10)
+    axis.grid(alpha=0.3)
 
 
 @one_line_errors

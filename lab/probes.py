@@ -1,0 +1,293 @@
+"""What claims.py measures on the corpora of corpora.py, during training and at its end.
+
+Each probe is a function (model, tok, knobs, is_last) -> {name: number, or a list for a figure}; knobs are
+those of the objective. Training draws documents with seed 0, probes with other seeds. A name that begins with
+bayes_ is the exact answer to the question of the name without it. All bits are bits a letter.
+"""
+import math
+from collections import defaultdict
+from functools import lru_cache
+
+import numpy as np
+
+from data import prepare, split_lines
+from lab.attention import compare, received, shares
+from lab.corpora import LETTERS, MARKOV, documents, errors, questions
+from lab.evaluate import continuations, eot_probabilities, score
+from lab.tasks import random_span_holes, single_line_holes
+from objectives import fim_prompt, mask, split
+from sample import STOPPED, best_first, trained_orders
+
+SHORT = 32  # --short-documents of the runs on markov
+
+
+def on_markov(model, tok, knobs, is_last):
+    """Bits above the entropy rate, left to right; and, in each order that is trained, see middles."""
+    texts = [text[:model.config.block_size] for text in documents("markov", 128, seed=1)]
+    scores = score(model, [([tok.eot, *tok.encode(text[0])], tok.encode(text[1:])) for text in texts])
+    above = [bits(s).mean() - MARKOV.bits(text).mean() for s, text in zip(scores, texts)]
+    out = {"excess": float(np.mean(above))}
+    for order in trained_orders(knobs):
+        values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200))
+        out |= values | ({f"{order}_scatter": points} if is_last else {})
+    return out
+
+
+def bits(s):
+    """A Score -> the bits of each token of the continuation."""
+    return -s.log_p / math.log(2)
+
+
+@lru_cache
+def markov_holes(n):
+    """n holes like those of --short-documents SHORT: [(prefix, middle, suffix, the text from suffix on)]."""
+    rng, holes = np.random.default_rng(1), []
+    for text in documents("markov", 2 * n, seed=2):
+        length = int(rng.integers(SHORT // 4, SHORT + 1))
+        prefix, middle, suffix = split(text[:length], rng)
+        if prefix and len(suffix) > 4:  # four letters make room for the sentinels and <EOT>
+            holes.append((prefix, middle, suffix[:-4], text[len(prefix + middle):]))
+    return holes[:n]
+
+
+def length_prior(n_prefix, n_suffix, is_joint):
+    """w (L,): the prior of a middle's length l, up to a factor, given the lengths of prefix and suffix.
+
+    A piece of t = n_prefix + l + n_suffix + 4 letters, t uniform from SHORT / 4 to SHORT, is cut at two
+    independent, uniform places of its t + 1; four letters are cut off its suffix. In joint SPM, prefix and
+    middle stand side by side, and any of their places may have been the first cut."""
+    lengths = np.arange(max(0, SHORT - 4 - n_prefix - n_suffix) + 1)
+    t = n_prefix + lengths + n_suffix + 4
+    ways = 2 * (n_prefix + lengths) + 1 if is_joint else np.where(lengths, 2, 1)
+    return np.where((SHORT // 4 <= t) & (t <= SHORT), ways / (t + 1.0) ** 2, 0.0)
+
+
+def middles(model, tok, order, spm_layout, holes):
+    """A model against Bayes' rule (corpora.Markov.infill) in the same holes -> {name: value}, and P(<EOT>)
+    wherever a letter of a middle stands or would stand: [exact, model's]. The names, after "psm_" or "spm_":
+
+        end, elsewhere     P(<EOT>) at the true end, and before each letter of the middle
+        another, later     at the true end, before another text, and before the suffix one letter later
+        middle             bits of the middle and its <EOT> above Bayes' rule, by token
+        saved              bits of a middle and its <EOT> that the suffix's text saves
+        example            bits of the whole example above those of its text, by letter"""
+    is_joint = order == "spm" and spm_layout == "joint"
+    letters, n_letters = tok.encode, sum(len(middle) for _, middle, *_ in holes)
+
+    def predictions(suffixes):
+        prompts = [[tok.eot, *fim_prompt(letters(prefix), letters(suffix), tok, order, spm_layout)]
+                   for (prefix, *_), suffix in zip(holes, suffixes)]
+        scores = score(model, [(prompt, [*letters(middle), tok.eot])
+                               for prompt, (_, middle, *_) in zip(prompts, holes)], tok.eot)
+        priors = [length_prior(len(prefix), len(suffix), is_joint)
+                  for (prefix, *_), suffix in zip(holes, suffixes)]
+        return scores, [MARKOV.infill(prefix[-1], middle, suffix[0], prior)
+                        for (prefix, middle, *_), suffix, prior in zip(holes, suffixes, priors)]
+
+    suffixes = [suffix for _, _, suffix, _ in holes]
+    scores, exact = predictions(suffixes)
+    p_model, p_exact = [np.exp(s.watched) for s in scores], [p[:, -1] for p in exact]
+    out = {}
+    for kind, p in (("", p_model), ("bayes_", p_exact)):
+        out[f"{kind}{order}_end"] = np.mean([each[-1] for each in p])
+        out[f"{kind}{order}_elsewhere"] = np.concatenate([each[:-1] for each in p]).mean()
+    for name, others in (
+            ("another", [other[3][:len(suffix)] for suffix, other in zip(suffixes, holes[1:] + holes[:1])]),
+            ("later", [rest[1:len(suffix) + 1] for _, _, suffix, rest in holes])):
+        ends = [(np.exp(s.watched[-1]), p[-1, -1]) for s, p in zip(*predictions(others))
+                if np.isfinite(p[-1, -1])]  # else no middle of any length stands before that suffix
+        out[f"{order}_{name}"], out[f"bayes_{order}_{name}"] = np.mean(ends, axis=0)
+
+    given = sum(bits(s).sum() for s in scores)  # of middle and <EOT>
+    exact_given = -sum(np.log2(p[range(len(middle) + 1), [*map(LETTERS.index, middle), -1]]).sum()
+                       for p, (_, middle, *_) in zip(exact, holes))
+    out[f"{order}_middle"] = (given - exact_given) / (n_letters + len(holes))
+    # Without the suffix's text: the middle from the prefix alone, its length from the prior.
+    alone = total_bits(model, [([tok.eot, *letters(prefix)], letters(middle))
+                               for prefix, middle, *_ in holes])
+    exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, *_ in holes)
+    for_length = 0
+    for prefix, middle, suffix, _ in holes:
+        prior = length_prior(len(prefix), len(suffix), is_joint)
+        for_length -= np.log2(prior[len(middle)] / prior.sum())
+    out[f"{order}_saved"] = (alone + for_length - given) / len(holes)
+    out[f"bayes_{order}_saved"] = (exact_alone + for_length - exact_given) / len(holes)
+    example = total_bits(model, [([tok.eot], fim_prompt(letters(p), letters(s), tok, order, spm_layout)
+                                  + [*letters(m), tok.eot]) for p, m, s, _ in holes])
+    text = total_bits(model, [([tok.eot], letters(p + m + s)) for p, m, s, _ in holes])
+    out[f"{order}_example"] = (example - text) / sum(len(p + m + s) for p, m, s, _ in holes)
+    points = [np.concatenate(p).round(4).tolist() for p in (p_exact, p_model)]
+    return {name: float(value) for name, value in out.items()}, points
+
+
+def total_bits(model, pairs):
+    return sum(bits(s).sum() for s in score(model, pairs))
+
+
+def on_relay(model, tok, knobs, is_last):
+    """Gifts recalled; at the end, lines that contradict the text before them; holes filled without error."""
+    right, known = defaultdict(int), defaultdict(int)  # by lines since the giver's last line
+    for ids, is_right in argmax_is_right(model, tok, documents("relay", 64, seed=1)):
+        text, last_line = tok.decode(ids), {}
+        for number, line in enumerate(split_lines(text)[:-1]):
+            _, giver, _, _ = line.split()
+            if giver in last_line:
+                distance = number - last_line[giver]
+                known[distance] += 1
+                right[distance] += is_right[5 * number + 2]
+            last_line[giver] = number
+    out = {"recall": sum(right.values()) / sum(known.values())}
+    orders = trained_orders(knobs)
+    if is_last and not orders:
+        out["by_distance"] = [[d, right[d] / known[d]] for d in sorted(known) if known[d] >= 20]
+        out |= contradictions(model, tok)
+    for order in orders if is_last else ():
+        out |= pass_rates(model, tok, order, knobs["spm_layout"])
+    return out
+
+
+def argmax_is_right(model, tok, texts):
+    """For each text (its first ids, as many as the context holds): ids, and where each is the likeliest."""
+    rows = [tok.encode(text)[:model.config.block_size] for text in texts]
+    scores = score(model, [([tok.eot], ids) for ids in rows])
+    return [(ids, s.likeliest == ids) for ids, s in zip(rows, scores)]
+
+
+def contradictions(model, tok, n=200, n_given=10, temperature=1.0):
+    """Contextual hallucination without a judge: the model goes on after the first ten lines of a document;
+    of the lines whose giver was there before, the share that name another gift; and of all lines, the share
+    with any error."""
+    given = ["".join(split_lines(text)[:n_given]) for text in documents("relay", n, seed=3)]
+    drawn = continuations(model, tok, [[tok.eot, *tok.encode(text)] for text in given], 100, 1, temperature)
+    wrong = known = bad = lines = 0
+    for text, ((ids, _),) in zip(given, drawn):
+        whole = split_lines(text + tok.decode(ids))
+        whole = whole if ids[-1] == tok.eot else whole[:-1]  # the last line may be unfinished
+        problems = errors("".join(whole))
+        wrong += sum(e.what == "gift" for e in problems if e.line >= n_given)
+        bad += len({e.line for e in problems if e.line >= n_given})
+        givers = [line.split()[1] if len(line.split()) == 4 else None for line in whole]
+        known += sum(givers[i] is not None and givers[i] in givers[:i] for i in range(n_given, len(givers)))
+        lines += max(0, len(whole) - n_given)
+    return {"contradictions": wrong / max(1, known), "any_error": bad / max(1, lines)}
+
+
+def pass_rates(model, tok, order, spm_layout, n=100):
+    """Holes in ten lines of relay: the share that the model fills so that the checker finds no error. single:
+    a line; multi: two to four lines; span: between two uniform characters. Greedy; for single also the best
+    of eight samples at temperature 0.8, ranked with and without regard to <EOT>, and their mean."""
+    rng, holes = np.random.default_rng(4), defaultdict(list)
+    for text in documents("relay", n, seed=4):
+        lines = split_lines(text)[:10]
+        for kind, size in (("single", 1), ("multi", int(rng.integers(2, 5)))):
+            start = int(rng.integers(1, 10 - size))  # a line before the hole, one after it
+            holes[kind].append(["".join(part) for part in
+                                (lines[:start], lines[start:start + size], lines[start + size:])])
+        holes["span"].append(split("".join(lines), rng))
+    out = {}
+    for kind, of_kind in holes.items():
+        prompts = [[tok.eot, *fim_prompt(tok.encode(p), tok.encode(s), tok, order, spm_layout)]
+                   for p, _, s in of_kind]
+
+        def passes(hole, sample):
+            return sample.ended == STOPPED and not errors(hole[0] + sample.text + hole[2])
+
+        greedy = continuations(model, tok, prompts, 60)
+        out[f"{order}_{kind}"] = float(np.mean([passes(hole, best_first(samples, tok)[0])
+                                                for hole, samples in zip(of_kind, greedy)]))
+        if kind == "single":
+            drawn = continuations(model, tok, prompts, 60, 8, 0.8)
+            ranked = [best_first(samples, tok) for samples in drawn]
+            likeliest = [max(infills, key=lambda sample: sample.mean_log_p) for infills in ranked]
+            pairs = list(zip(of_kind, ranked, likeliest))
+            out[f"{order}_best"] = float(np.mean([passes(hole, infills[0]) for hole, infills, _ in pairs]))
+            out[f"{order}_likeliest"] = float(np.mean([passes(hole, sample) for hole, _, sample in pairs]))
+            out[f"{order}_sample"] = float(np.mean([passes(hole, sample) for hole, infills, _ in pairs
+                                                    for sample in infills]))
+    return out
+
+
+def on_records(model, tok, knobs, is_last, corpus="records"):
+    """Questions answered, as a share: all, by number of hops, of records, and by lines of distance."""
+    results = []
+    texts = documents(corpus, 300 if is_last else 100, seed=1)
+    for text, (_, is_right) in zip(texts, argmax_is_right(model, tok, texts)):
+        for q in questions(text):
+            start = len(tok.encode(text[:q.start]))
+            end = len(tok.encode(text[:q.start] + " " + q.answer))
+            if end <= len(is_right):  # within the context
+                results.append((q, bool(is_right[start:end].all())))
+
+    def shares_by(key):
+        groups = defaultdict(list)
+        for q, is_right in results:
+            groups[key(q)].append(is_right)
+        return [[group, float(np.mean(answers))] for group, answers in sorted(groups.items())
+                if len(answers) >= 20]
+
+    out = {"recall": float(np.mean([is_right for _, is_right in results]))}
+    out |= {f"hops_{hops}": share for hops, share in shares_by(lambda q: q.hops)}
+    if is_last:
+        out |= {"far": float(np.mean([is_right for q, is_right in results if q.distance >= 12])),
+                "by_distance": shares_by(lambda q: q.distance),
+                "by_records": shares_by(lambda q: q.n_records)}
+    return out
+
+
+def on_chains(model, tok, knobs, is_last):
+    return on_records(model, tok, knobs, is_last, "chains")
+
+
+def attention_change(plain_model, masked_model, tok, n=64, T=64):
+    """MEAP's claim on attention, on records, as shares: from plain inputs to plain_model, to masked inputs to
+    masked_model, the fall of attention to masked positions (decay) and the rise of its variance elsewhere, by
+    the paper's definitions (attention.compare); of the last token's attention, the share on the record that
+    answers, of each model (plain_answer, masked_answer), and its rise."""
+    rng = np.random.default_rng(5)
+    stream = [id for text in documents("records", n, seed=5) for id in (*tok.encode(text), tok.eot)]
+    rows = np.array(stream[:len(stream) // T * T]).reshape(-1, T)[:n]
+    masked = np.array([mask(row, 0.15, tok, rng) for row in rows])
+    before, fall, variance, rise = compare(received(plain_model, rows), received(masked_model, masked),
+                                           masked == tok.mask)
+    on_answer = []
+    for text in documents("records", n, seed=6):
+        q, lines = questions(text)[0], split_lines(text)
+        at = q.n_records - q.distance  # the line that answers: the first question follows the last record
+        query = text[:q.start].split("\n")[-1]
+        parts = "".join(lines[:at]), lines[at], "".join(lines[at + 1:q.n_records]), query
+        on_answer.append([shares(model, tok, parts)[:, 1].mean() for model in (plain_model, masked_model)])
+    plain, after = np.mean(on_answer, axis=0)
+    return {"decay": float(fall.sum() / before.sum()), "variance_rise": float(rise.sum() / variance.sum()),
+            "plain_answer": float(plain), "masked_answer": float(after), "answer_rise": float(after - plain)}
+
+
+def on_answers(model, tok, knobs, is_last):
+    """Of fine-tuned models: the share of gifts that are named rightly in answers to questions on relay."""
+    pairs = [(tok.encode(prompt), tok.encode(answer)) for prompt, answer in gift_questions(100, seed=7)]
+    scores = score(model, [([*prompt, tok.mid], answer) for prompt, answer in pairs])
+    # An answer is giver, gift, giver, gift ...
+    right = [s.likeliest[1::2] == answer[1::2] for s, (_, answer) in zip(scores, pairs)]
+    return {"recall": float(np.concatenate(right).mean())}
+
+
+def gift_questions(n, seed):
+    """n pairs for fine-tuning: sixteen lines of relay and "?" -> every giver and its gift, the last first."""
+    pairs = []
+    for text in documents("relay", n, seed):
+        lines = split_lines(text)[:16]
+        gifts = dict(line.split()[1:3] for line in reversed(lines))
+        pairs.append(("".join(lines) + "?", "".join(f" {giver} {gift}" for giver, gift in gifts.items())))
+    return pairs
+
+
+def on_stdlib(model, tok, knobs, is_last):
+    """P(<EOT>) in single lines and random spans of held-out Python: see evaluate.stopping."""
+    _, _, stream = prepare("stdlib", "bpe", 2048)
+    out, layout = {}, knobs.get("spm_layout", "joint")
+    for order in trained_orders(knobs):
+        for kind, holes in (("line", single_line_holes(stream, tok, 100, 1, 120, 80, 40)),
+                            ("span", random_span_holes(stream, tok, 100, 1, 120))):
+            names = ("end", "elsewhere", None, "another", "later")
+            values = eot_probabilities(model, tok, holes, order, layout).values()
+            out |= {f"{order}_{kind}_{name}": f["mean"] for name, f in zip(names, values) if name}
+    return out
