@@ -9,7 +9,7 @@ measured, and the bounds that decide, written before the runs. rerun.py does the
 """
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,57 +21,80 @@ from lab.evaluate import continuations
 from lab.rerun import Arm, Check, Claim, Results, table, train_all, train_run, write
 from sample import load_model
 
-FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+
+
+def markov(objective, steps=400, eval_every=200, base="", probe=probes.on_markov):
+    return Arm(f"--objective {objective} --data markov --tokenizer bytes --block-size 128 --batch-size 32 "
+               f"--steps {steps} --warmup 20 --eval-every {eval_every} --eval-tokens 4096", probe, base=base)
+
+
+def stdlib(objective):
+    return Arm(f"--objective {objective} --eval-every 375", probes.on_stdlib)
+
+
+def relay(objective, steps, eval_every):
+    return Arm(f"--objective {objective} --data relay --vocab-size 512 --steps {steps} "
+               f"--eval-every {eval_every}", probes.on_relay)
+
+
+def records(ratio):
+    return Arm(f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
+               "--steps 300 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
+
+
+def chains(objective):
+    return Arm(f"--objective {objective} --data chains --vocab-size 512 --block-size 128 --batch-size 32 "
+               "--steps 800 --eval-every 100 --eval-tokens 4096", probes.on_chains)
+
+
+def answers(objective):
+    return Arm(f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 "
+               "--steps 120 --eval-every 10", probes.on_answers, base="relay-ntp")
+
+
 SHORT = f"--short-documents {probes.SHORT}"
-ARMS = {}
+ARMS = {
+    "markov-ntp": markov("ntp", eval_every=50),
+    "markov-meap": markov("meap", eval_every=50),
+    "markov-fim-0.25": markov(f"fim --fim-rate 0.25 {SHORT}"),
+    "markov-fim-0.5": markov(f"fim --fim-rate 0.5 {SHORT}"),
+    "markov-fim-0.75": markov(f"fim --fim-rate 0.75 {SHORT}"),
+    "markov-fim-0.9": markov(f"fim --fim-rate 0.9 {SHORT}", eval_every=50),
+    "markov-fim-1.0": markov(f"fim --fim-rate 1.0 {SHORT}"),
+    "markov-psm": markov(f"fim_psm --fim-rate 0.9 {SHORT}"),
+    "markov-spm": markov(f"fim_spm --spm-layout joint --fim-rate 0.9 {SHORT}"),
+    "markov-documents": markov(f"fim --fim-level document --fim-rate 0.9 {SHORT}",
+                               probe=partial(probes.on_markov, n_cut=0)),
+    "markov-tuned": markov(f"fim --fim-rate 0.9 {SHORT}", 200, base="markov-ntp"),
+    "markov-tuned-slowly": markov(f"fim --fim-rate 0.9 {SHORT} --lr 0.001", 200, base="markov-ntp"),
+    "markov-tuned-0.25": markov(f"fim --fim-rate 0.25 {SHORT}", 200, base="markov-ntp"),
+    "stdlib-ntp": stdlib("ntp"),
+    "stdlib-fim": stdlib("fim"),
+    "relay-ntp": relay("ntp", 400, 50),
+    "relay-meap": relay("meap", 400, 50),
+    "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 1000, 500),
+    "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 1000, 500),
+    "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 1000, 500),
+    "records-0.0": records(0.0),
+    "records-0.05": records(0.05),
+    "records-0.1": records(0.1),
+    "records-0.15": records(0.15),
+    "records-0.2": records(0.2),
+    "records-0.3": records(0.3),
+    "chains-ntp": chains("ntp"),
+    "chains-meap": chains("meap"),
+    "answers-sft": answers("sft"),
+    "answers-meap_sft": answers("meap_sft --min-answer 0"),
+}
 
-MARKOV = "--data markov --tokenizer bytes --block-size 128 --batch-size 32 --warmup 20 --eval-tokens 4096"
-for name, flags in {
-        "ntp": "ntp", "meap": "meap",
-        **{f"fim-{rate}": f"fim --fim-rate {rate} {SHORT}" for rate in FIM_RATES},
-        "psm": f"fim_psm --fim-rate 0.9 {SHORT}",
-        "spm": f"fim_spm --spm-layout joint --fim-rate 0.9 {SHORT}",
-        "documents": f"fim --fim-level document --fim-rate 0.9 {SHORT}"}.items():
-    ARMS[f"markov-{name}"] = Arm(f"--objective {flags} {MARKOV} --steps 400 --eval-every 50",
-                                 probes.on_markov)
-for rate, lr in ((0.9, 0.01), (0.9, 0.001), (0.25, 0.01)):
-    ARMS[f"markov-tuned-{rate}-{lr}"] = Arm(
-        f"--objective fim --fim-rate {rate} {SHORT} {MARKOV} --lr {lr} --steps 200 --eval-every 100",
-        probes.on_markov, base="markov-ntp")
-
-for objective in ("ntp", "fim"):
-    ARMS[f"stdlib-{objective}"] = Arm(f"--objective {objective} --eval-every 375", probes.on_stdlib)
-
-for objective in ("ntp", "meap"):
-    ARMS[f"relay-{objective}"] = Arm(
-        f"--objective {objective} --data relay --vocab-size 512 --steps 400 --eval-every 50", probes.on_relay)
-for span in ("line", "token", "char"):
-    ARMS[f"relay-{span}"] = Arm(
-        f"--objective fim --fim-rate 0.9 --short-documents 64 --span {span} --data relay --vocab-size 512 "
-        "--steps 1000 --eval-every 500", probes.on_relay)
-
-for ratio in MASK_RATIOS:
-    ARMS[f"records-{ratio}"] = Arm(
-        f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
-        "--steps 300 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
-
-for objective in ("ntp", "meap"):
-    ARMS[f"chains-{objective}"] = Arm(
-        f"--objective {objective} --data chains --vocab-size 512 --block-size 128 --batch-size 32 "
-        "--steps 800 --eval-every 100 --eval-tokens 4096", probes.on_chains)
-
-for objective, flags in (("sft", ""), ("meap_sft", " --min-answer 0")):
-    ARMS[f"answers-{objective}"] = Arm(
-        f"--objective {objective}{flags} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 "
-        "--steps 120 --eval-every 10", probes.on_answers, base="relay-ntp")
-
+FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 # The bounds of a claim that two losses are equal: 1% of markov's entropy rate, 1.5 bits a letter.
 SAME = {"low": -0.015, "high": 0.015}
 ABOVE_ENTROPY = "bits a letter above the entropy rate"
 ABOVE_BAYES = "middle and <EOT>: bits a token above Bayes' rule"
 JOINT = "markov-fim-0.9"
 BY_RATE = ("markov-ntp", *(f"markov-fim-{rate}" for rate in FIM_RATES))
-TUNED = ("markov-tuned-0.9-0.01", "markov-tuned-0.9-0.001", "markov-tuned-0.25-0.01")
+TUNED = ("markov-tuned", "markov-tuned-slowly", "markov-tuned-0.25")
 SPANS = ("relay-line", "relay-token", "relay-char")
 NTP, MEAP = "records-0.0", "records-0.15"
 BY_RATIO = tuple(f"records-{ratio}" for ratio in MASK_RATIOS)

@@ -21,14 +21,16 @@ from sample import STOPPED, best_first, trained_orders
 SHORT = 32  # --short-documents of the runs on markov
 
 
-def on_markov(model, tok, knobs, is_last):
-    """Bits above the entropy rate, left to right; and, in each order that is trained, see middles."""
+def on_markov(model, tok, knobs, is_last, n_cut=4):
+    """Bits above the entropy rate, left to right; and, in each order that is trained, see middles.
+
+    n_cut: the letters of a suffix that give way to sentinels and <EOT>; none in training on whole documents."""
     texts = [text[:model.config.block_size] for text in documents("markov", 128, seed=1)]
     scores = score(model, [([tok.eot, *tok.encode(text[0])], tok.encode(text[1:])) for text in texts])
     above = [bits(s).mean() - MARKOV.bits(text).mean() for s, text in zip(scores, texts)]
     out = {"excess": float(np.mean(above))}
     for order in trained_orders(knobs):
-        values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200))
+        values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200, n_cut), n_cut)
         out |= values | ({f"{order}_scatter": points} if is_last else {})
     return out
 
@@ -39,30 +41,30 @@ def bits(s):
 
 
 @lru_cache
-def markov_holes(n):
+def markov_holes(n, n_cut=4):
     """n holes like those of --short-documents SHORT: [(prefix, middle, suffix, the text from suffix on)]."""
     rng, holes = np.random.default_rng(1), []
     for text in documents("markov", 2 * n, seed=2):
         length = int(rng.integers(SHORT // 4, SHORT + 1))
         prefix, middle, suffix = split(text[:length], rng)
-        if prefix and len(suffix) > 4:  # four letters make room for the sentinels and <EOT>
-            holes.append((prefix, middle, suffix[:-4], text[len(prefix + middle):]))
+        if prefix and len(suffix) > 4:  # whatever n_cut is: the same holes
+            holes.append((prefix, middle, suffix[:len(suffix) - n_cut], text[len(prefix + middle):]))
     return holes[:n]
 
 
-def length_prior(n_prefix, n_suffix, is_joint):
+def length_prior(n_prefix, n_suffix, is_joint, n_cut=4):
     """w (L,): the prior of a middle's length l, up to a factor, given the lengths of prefix and suffix.
 
-    A piece of t = n_prefix + l + n_suffix + 4 letters, t uniform from SHORT / 4 to SHORT, is cut at two
-    independent, uniform places of its t + 1; four letters are cut off its suffix. In joint SPM, prefix and
+    A piece of t = n_prefix + l + n_suffix + n_cut letters, t uniform from SHORT / 4 to SHORT, is cut at two
+    independent, uniform places of its t + 1, and its suffix loses n_cut letters. In joint SPM, prefix and
     middle stand side by side, and any of their places may have been the first cut."""
-    lengths = np.arange(max(0, SHORT - 4 - n_prefix - n_suffix) + 1)
-    t = n_prefix + lengths + n_suffix + 4
+    lengths = np.arange(max(0, SHORT - n_cut - n_prefix - n_suffix) + 1)
+    t = n_prefix + lengths + n_suffix + n_cut
     ways = 2 * (n_prefix + lengths) + 1 if is_joint else np.where(lengths, 2, 1)
     return np.where((SHORT // 4 <= t) & (t <= SHORT), ways / (t + 1.0) ** 2, 0.0)
 
 
-def middles(model, tok, order, spm_layout, holes):
+def middles(model, tok, order, spm_layout, holes, n_cut=4):
     """A model against Bayes' rule (corpora.Markov.infill) in the same holes -> {name: value}, and P(<EOT>)
     wherever a letter of a middle stands or would stand: [exact, model's]. The names, after "psm_" or "spm_":
 
@@ -79,7 +81,7 @@ def middles(model, tok, order, spm_layout, holes):
                    for (prefix, *_), suffix in zip(holes, suffixes)]
         scores = score(model, [(prompt, [*letters(middle), tok.eot])
                                for prompt, (_, middle, *_) in zip(prompts, holes)], tok.eot)
-        priors = [length_prior(len(prefix), len(suffix), is_joint)
+        priors = [length_prior(len(prefix), len(suffix), is_joint, n_cut)
                   for (prefix, *_), suffix in zip(holes, suffixes)]
         return scores, [MARKOV.infill(prefix[-1], middle, suffix[0], prior)
                         for (prefix, middle, *_), suffix, prior in zip(holes, suffixes, priors)]
@@ -108,7 +110,7 @@ def middles(model, tok, order, spm_layout, holes):
     exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, *_ in holes)
     for_length = 0
     for prefix, middle, suffix, _ in holes:
-        prior = length_prior(len(prefix), len(suffix), is_joint)
+        prior = length_prior(len(prefix), len(suffix), is_joint, n_cut)
         for_length -= np.log2(prior[len(middle)] / prior.sum())
     out[f"{order}_saved"] = (alone + for_length - given) / len(holes)
     out[f"bayes_{order}_saved"] = (exact_alone + for_length - exact_given) / len(holes)

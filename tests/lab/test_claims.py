@@ -16,7 +16,7 @@ from lab.claims import ARMS, CLAIMS
 from lab.corpora import LETTERS, MARKOV, documents, errors
 from lab.rerun import Arm, Check, Claim, Results, judge
 from model import GPTConfig
-from objectives import fim
+from objectives import fim, fim_documents
 
 TOK = Tokenizer.bytes()
 
@@ -69,6 +69,16 @@ def test_bayes_rule_itself_scores_as_the_exact_answer(order):
     assert out[f"{order}_middle"] == pytest.approx(0, abs=1e-3)
     assert out[f"{order}_end"] > 3 * max(out[f"{order}_another"], out[f"{order}_later"])
     assert out[f"{order}_saved"] > 1
+
+
+def test_document_level_examples_keep_the_whole_suffix():
+    """The same holes, with four letters more of each suffix; and fim_documents cuts none off."""
+    for short, whole in zip(probes.markov_holes(20), probes.markov_holes(20, 0)):
+        assert short[:2] == whole[:2] and len(whole[2]) == len(short[2]) + 4 and whole[2].startswith(short[2])
+    text = documents("markov", 1, seed=5)[0]
+    stream = fim_documents(np.array([*TOK.encode(text), TOK.eot]), TOK, np.random.default_rng(1), fim_rate=1,
+                           spm_rate=0.0, short_documents=32)
+    assert len(stream) == len(text) + 1 + 3 * (stream == TOK.mid).sum() + ((stream == TOK.eot).sum() - 1)
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
