@@ -24,7 +24,7 @@ SHORT = 32  # --short-documents of the runs on markov
 def on_markov(model, tok, knobs, is_last, n_cut=4):
     """Bits above the entropy rate, left to right; and, in each order that is trained, see middles.
 
-    n_cut: the letters of a suffix that give way to sentinels and <EOT>; none in training on whole documents."""
+    n_cut: the letters of a suffix that give way to sentinels and <EOT>; 0 if trained on whole documents."""
     texts = [text[:model.config.block_size] for text in documents("markov", 128, seed=1)]
     scores = score(model, [([tok.eot, *tok.encode(text[0])], tok.encode(text[1:])) for text in texts])
     above = [bits(s).mean() - MARKOV.bits(text).mean() for s, text in zip(scores, texts)]
