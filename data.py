@@ -34,6 +34,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+GENERATED = ("markov", "relay", "records", "chains")  # --data names of lab/corpora.py
 SPECIALS = ("pre", "suf", "mid", "eot", "mask")
 HELD_OUT = 0.05
 LONGEST = 1 << 18  # characters encoded at a time: a million spaces in a row overflow tiktoken's stack
@@ -211,10 +212,10 @@ def learn_bpe(counts, n):
 def source_files(source, cache_dir="cache"):
     """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none.
 
-    A corpus of lab/corpora.py, by its name, is generated into a file in cache_dir."""
-    from lab import corpora  # imported when a source is named: it is a plug-in
-    if source.partition(":")[0] in corpora.CORPORA:
-        return [corpora.write(source, cache_dir)]
+    A GENERATED corpus is written into a file in cache_dir first."""
+    if source.partition(":")[0] in GENERATED:
+        from lab.corpora import write
+        return [write(source, cache_dir)]
     paths = sysconfig.get_paths()
     if source == "stdlib":
         root = Path(paths["stdlib"])
@@ -237,7 +238,7 @@ def source_files(source, cache_dir="cache"):
         files = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f))
     if not files:
         raise OSError(f"--data {source}: no such file; expected stdlib, site-packages, "
-                      f"{', '.join(corpora.CORPORA)}, or a file, folder or glob")
+                      f"{', '.join(GENERATED)}, or a file, folder or glob")
     return files
 
 

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data import prepare
+from data import GENERATED, prepare
 from lab.corpora import CORPORA, LETTERS, MARKOV, Markov, documents, errors, questions
 
 RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
@@ -18,6 +18,10 @@ def chain():
     language.P = np.array([[0, 1, 0], [0.5, 0, 0.5], [0.75, 0.25, 0]])
     language.stationary = np.array([7, 8, 4]) / 19  # the solution of a = b/2 + 3c/4, b = a + c/4, c = b/2
     return language
+
+
+def test_every_corpus_is_a_name_that_data_knows():
+    assert set(GENERATED) == CORPORA.keys()
 
 
 @pytest.mark.parametrize("name", CORPORA)
