@@ -54,8 +54,8 @@ class Config:
     preset: str = setting("toy", "model, budget and learning rate in one; single flags override it")
     init_from: str = setting("", "a run's folder, or GPT-2's published weights: start from its weights, "
                              "shape and vocabulary")
-    data: str = setting("stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of "
-                        "text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
+    data: str = setting("stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob "
+                        "of text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
     tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
                              ("bpe", "bytes", "gpt2"))
     vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
