@@ -5,8 +5,8 @@
     python -m lab.corpora                                                    prints a document of each
 
     name       a document                                        its truth
-    markov     256 letters, each drawn given the one before      entropy rate, P(next letter) and P(<EOT>)
-                                                                 given a suffix: class Markov
+    markov     8 to 32 letters, each drawn given the one before  entropy, P(next letter) and P(<EOT>) given a
+                                                                 suffix: class Markov
     relay      17 fox fig owl   line number, giver, gift, taker: errors(text): each statement that is wrong
                18 owl tea hen   the taker gives next; a giver's
                19 hen ...       gift stays the same
@@ -34,6 +34,7 @@ ANIMALS = ("ant ape asp bat bee boa cat cod cow cub daw doe dog eel elk emu "
            "ewe fly fox gnu hen hog jay kid koi owl pig pup ram rat sow yak").split()
 GIFTS = ("ale bag box bun cap cup egg fan fig gem gin ham hat ice ink jam "
          "key kit map nut oat oil pan pea pen pie pot rum rye tea tie toy").split()
+SHORTEST, LONGEST = 8, 32  # documents of markov, in letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 N_DOCUMENTS = 20_000
 
@@ -54,11 +55,12 @@ class Markov:
         self.cumulative = self.P.cumsum(1).tolist()
 
     def entropy_rate(self):
-        """Bits a letter: sum over a of stationary[a] H(P[a]). No model can do better on text without end."""
+        """Bits a letter: sum over a of stationary[a] H(P[a]). No model can do better on a long text."""
         return float(self.stationary @ -(self.P * np.log2(self.P, where=self.P > 0, out=0 * self.P)).sum(1))
 
-    def text(self, rng, n=256):
-        letter = int(rng.choice(len(self.P), p=self.stationary))
+    def text(self, rng):
+        """8 to 32 letters; each length has the same probability."""
+        n, letter = int(rng.integers(SHORTEST, LONGEST + 1)), int(rng.choice(len(self.P), p=self.stationary))
         letters = [letter]
         for u in rng.random(n - 1).tolist():
             letter = min(bisect(self.cumulative[letter], u), len(self.P) - 1)  # rows may sum to 1 - 1e-16
@@ -70,11 +72,16 @@ class Markov:
         letters = [LETTERS.index(c) for c in text]
         return -np.log2(self.P[letters[:-1], letters[1:]])
 
+    def document_bits(self, text):
+        """-log2 of the probability of a document: its length, its first letter, its other letters."""
+        first = -np.log2(self.stationary[LETTERS.index(text[0])])
+        return float(np.log2(LONGEST + 1 - SHORTEST) + first + self.bits(text).sum())
+
     @functools.cached_property
     def powers(self):
-        """(257, n, n): powers[k][a, s] = P(s follows a, k letters later)."""
+        """(LONGEST + 2, n, n): powers[k][a, s] = P(s follows a, k letters later)."""
         powers = [np.eye(len(self.P))]
-        for _ in range(256):
+        for _ in range(LONGEST + 1):
             powers.append(powers[-1] @ self.P)
         return np.array(powers)
 

@@ -12,23 +12,21 @@ import numpy as np
 
 from data import prepare, split_lines
 from lab.attention import compare, received, shares
-from lab.corpora import LETTERS, MARKOV, documents, errors, questions
+from lab.corpora import LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, questions
 from lab.evaluate import continuations, eot_probabilities, score
 from lab.tasks import random_span_holes, single_line_holes
 from objectives import fim_prompt, mask, split
 from sample import STOPPED, best_first, trained_orders
 
-SHORT = 32  # --short-documents of the runs on markov
+def on_markov(model, tok, knobs, is_last, n_cut=3):
+    """Bits a token, left to right, above what the documents' probabilities are; and, in each order that is
+    trained, see middles.
 
-
-def on_markov(model, tok, knobs, is_last, n_cut=4):
-    """Bits above the entropy rate, left to right; and, in each order that is trained, see middles.
-
-    n_cut: the letters of a suffix that give way to sentinels and <EOT>; 0 if trained on whole documents."""
-    texts = [text[:model.config.block_size] for text in documents("markov", 128, seed=1)]
-    scores = score(model, [([tok.eot, *tok.encode(text[0])], tok.encode(text[1:])) for text in texts])
-    above = [bits(s).mean() - MARKOV.bits(text).mean() for s, text in zip(scores, texts)]
-    out = {"excess": float(np.mean(above))}
+    n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on whole documents."""
+    texts = documents("markov", 500, seed=1)
+    cost = total_bits(model, [([tok.eot], [*tok.encode(text), tok.eot]) for text in texts])
+    exact = sum(map(MARKOV.document_bits, texts))
+    out = {"excess": float(cost - exact) / sum(len(text) + 1 for text in texts)}
     for order in trained_orders(knobs):
         values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200, n_cut), n_cut)
         out |= values | ({f"{order}_scatter": points} if is_last else {})
@@ -41,83 +39,82 @@ def bits(s):
 
 
 @lru_cache
-def markov_holes(n, n_cut=4):
-    """n holes like those of --short-documents SHORT: [(prefix, middle, suffix, the text from suffix on)]."""
+def markov_holes(n, n_cut=3):
+    """n holes as in training, with at least a letter of prefix and of suffix: [(prefix, middle, suffix)]."""
     rng, holes = np.random.default_rng(1), []
-    for text in documents("markov", 2 * n, seed=2):
-        length = int(rng.integers(SHORT // 4, SHORT + 1))
-        prefix, middle, suffix = split(text[:length], rng)
-        if prefix and len(suffix) > 4:  # whatever n_cut is: the same holes
-            holes.append((prefix, middle, suffix[:len(suffix) - n_cut], text[len(prefix + middle):]))
+    for text in documents("markov", 4 * n, seed=2):
+        prefix, middle, suffix = split(text, rng)
+        if prefix and len(suffix) > 3:  # whatever n_cut is: the same holes
+            holes.append((prefix, middle, suffix[:len(suffix) - n_cut]))
     return holes[:n]
 
 
-def length_prior(n_prefix, n_suffix, is_joint, n_cut=4):
+def length_prior(n_prefix, n_suffix, is_joint, n_cut=3):
     """w (L,): the prior of a middle's length l, up to a factor, given the lengths of prefix and suffix.
 
-    A piece of t = n_prefix + l + n_suffix + n_cut letters, t uniform from SHORT / 4 to SHORT, is cut at two
-    independent, uniform places of its t + 1, and its suffix loses n_cut letters. In joint SPM, prefix and
+    A document of t = n_prefix + l + n_suffix + n_cut letters, t uniform from SHORTEST to LONGEST, is cut at
+    two independent, uniform places of its t + 1, and its suffix loses n_cut letters. In joint SPM, prefix and
     middle stand side by side, and any of their places may have been the first cut."""
-    lengths = np.arange(max(0, SHORT - n_cut - n_prefix - n_suffix) + 1)
+    lengths = np.arange(max(0, LONGEST - n_cut - n_prefix - n_suffix) + 1)
     t = n_prefix + lengths + n_suffix + n_cut
     ways = 2 * (n_prefix + lengths) + 1 if is_joint else np.where(lengths, 2, 1)
-    return np.where((SHORT // 4 <= t) & (t <= SHORT), ways / (t + 1.0) ** 2, 0.0)
+    return np.where((SHORTEST <= t) & (t <= LONGEST), ways / (t + 1.0) ** 2, 0.0)
 
 
-def middles(model, tok, order, spm_layout, holes, n_cut=4):
+def middles(model, tok, order, spm_layout, holes, n_cut=3):
     """A model against Bayes' rule (corpora.Markov.infill) in the same holes -> {name: value}, and P(<EOT>)
     wherever a letter of a middle stands or would stand: [exact, model's]. The names, after "psm_" or "spm_":
 
         end, elsewhere     P(<EOT>) at the true end, and before each letter of the middle
-        another, later     at the true end, before another text, and before the suffix one letter later
+        another, later     at the true end, before another suffix, and before its own from the second letter
         middle             bits of the middle and its <EOT> above Bayes' rule, by token
         saved              bits of a middle and its <EOT> that the suffix's text saves
         example            bits of the whole example above those of its text, by letter"""
     is_joint = order == "spm" and spm_layout == "joint"
-    letters, n_letters = tok.encode, sum(len(middle) for _, middle, *_ in holes)
+    letters, n_letters = tok.encode, sum(len(middle) for _, middle, _ in holes)
 
-    def predictions(suffixes):
+    def predictions(holes):
+        """Each hole's Score of middle and <EOT>, and Bayes' rule's probabilities (len(middle) + 1, 27)."""
         prompts = [[tok.eot, *fim_prompt(letters(prefix), letters(suffix), tok, order, spm_layout)]
-                   for (prefix, *_), suffix in zip(holes, suffixes)]
+                   for prefix, _, suffix in holes]
         scores = score(model, [(prompt, [*letters(middle), tok.eot])
-                               for prompt, (_, middle, *_) in zip(prompts, holes)], tok.eot)
-        priors = [length_prior(len(prefix), len(suffix), is_joint, n_cut)
-                  for (prefix, *_), suffix in zip(holes, suffixes)]
+                               for prompt, (_, middle, _) in zip(prompts, holes)], tok.eot)
+        priors = [length_prior(len(prefix), len(suffix), is_joint, n_cut) for prefix, _, suffix in holes]
         return scores, [MARKOV.infill(prefix[-1], middle, suffix[0], prior)
-                        for (prefix, middle, *_), suffix, prior in zip(holes, suffixes, priors)]
+                        for (prefix, middle, suffix), prior in zip(holes, priors)]
 
-    suffixes = [suffix for _, _, suffix, _ in holes]
-    scores, exact = predictions(suffixes)
+    scores, exact = predictions(holes)
     p_model, p_exact = [np.exp(s.watched) for s in scores], [p[:, -1] for p in exact]
     out = {}
     for kind, p in (("", p_model), ("bayes_", p_exact)):
         out[f"{kind}{order}_end"] = np.mean([each[-1] for each in p])
         out[f"{kind}{order}_elsewhere"] = np.concatenate([each[:-1] for each in p]).mean()
-    for name, others in (
-            ("another", [other[3][:len(suffix)] for suffix, other in zip(suffixes, holes[1:] + holes[:1])]),
-            ("later", [rest[1:len(suffix) + 1] for _, _, suffix, rest in holes])):
-        ends = [(np.exp(s.watched[-1]), p[-1, -1]) for s, p in zip(*predictions(others))
-                if np.isfinite(p[-1, -1])]  # else no middle of any length stands before that suffix
+    controls = {"another": [(prefix, middle, other) for (prefix, middle, _), (_, _, other) in
+                            zip(holes, holes[1:] + holes[:1])],
+                "later": [(prefix, middle, suffix[1:]) for prefix, middle, suffix in holes if suffix[1:]]}
+    for name, changed in controls.items():
+        ends = [(np.exp(s.watched[-1]), p[-1, -1]) for s, p in zip(*predictions(changed))
+                if np.isfinite(p[-1, -1])]  # else no document has this prefix, middle and suffix
         out[f"{order}_{name}"], out[f"bayes_{order}_{name}"] = np.mean(ends, axis=0)
 
     given = sum(bits(s).sum() for s in scores)  # of middle and <EOT>
     exact_given = -sum(np.log2(p[range(len(middle) + 1), [*map(LETTERS.index, middle), -1]]).sum()
-                       for p, (_, middle, *_) in zip(exact, holes))
+                       for p, (_, middle, _) in zip(exact, holes))
     out[f"{order}_middle"] = (given - exact_given) / (n_letters + len(holes))
     # Without the suffix's text: the middle from the prefix alone, its length from the prior.
     alone = total_bits(model, [([tok.eot, *letters(prefix)], letters(middle))
-                               for prefix, middle, *_ in holes])
-    exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, *_ in holes)
+                               for prefix, middle, _ in holes])
+    exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, _ in holes)
     for_length = 0
-    for prefix, middle, suffix, _ in holes:
+    for prefix, middle, suffix in holes:
         prior = length_prior(len(prefix), len(suffix), is_joint, n_cut)
         for_length -= np.log2(prior[len(middle)] / prior.sum())
     out[f"{order}_saved"] = (alone + for_length - given) / len(holes)
     out[f"bayes_{order}_saved"] = (exact_alone + for_length - exact_given) / len(holes)
     example = total_bits(model, [([tok.eot], fim_prompt(letters(p), letters(s), tok, order, spm_layout)
-                                  + [*letters(m), tok.eot]) for p, m, s, _ in holes])
-    text = total_bits(model, [([tok.eot], letters(p + m + s)) for p, m, s, _ in holes])
-    out[f"{order}_example"] = (example - text) / sum(len(p + m + s) for p, m, s, _ in holes)
+                                  + [*letters(m), tok.eot]) for p, m, s in holes])
+    text = total_bits(model, [([tok.eot], letters(p + m + s)) for p, m, s in holes])
+    out[f"{order}_example"] = (example - text) / sum(len(p + m + s) for p, m, s in holes)
     points = [np.concatenate(p).round(4).tolist() for p in (p_exact, p_model)]
     return {name: float(value) for name, value in out.items()}, points
 

@@ -36,7 +36,7 @@ class Arm(NamedTuple):
 
 class Check(NamedTuple):
     """values(r) -> (seeds,), which a claim says lies between low and high; exact(r): the exact answer to the
-    same question, where one is known. unit: bits a letter, steps, epochs, or % for a share."""
+    same question, where one is known. unit: bits, steps, epochs, or % for a share."""
     text: str
     values: Callable
     low: float = -math.inf

@@ -32,7 +32,7 @@ def test_a_document_depends_on_seed_and_index_alone(name):
 
 
 def test_markov_letters_follow_each_other_as_often_as_P_says():
-    pairs = Counter(pair for text in documents("markov", 400, seed=1) for pair in itertools.pairwise(text))
+    pairs = Counter(pair for text in documents("markov", 5000, seed=1) for pair in itertools.pairwise(text))
     count = np.array([[pairs[a, b] for b in LETTERS] for a in LETTERS])
     n = count.sum(1, keepdims=True)
     error = np.sqrt(MARKOV.P * (1 - MARKOV.P) / n)
@@ -44,6 +44,13 @@ def test_entropy_rate_by_hand():
     h = 0.75 * np.log2(4 / 3) + 0.25 * 2
     assert chain().entropy_rate() == pytest.approx(8 / 19 * 1 + 4 / 19 * h)
     np.testing.assert_allclose(MARKOV.stationary @ MARKOV.P, MARKOV.stationary)
+
+
+def test_documents_of_markov_are_8_to_32_letters_and_their_probabilities_are_exact():
+    texts = documents("markov", 3000, seed=1)
+    counts = Counter(map(len, texts))
+    assert counts.keys() == set(range(8, 33)) and max(counts.values()) < 120 + 5 * 120 ** 0.5
+    assert chain().document_bits("abca") == pytest.approx(np.log2(25) - np.log2([7 / 19, 1, 0.5, 0.75]).sum())
 
 
 def test_bits_of_a_text_are_those_of_its_transitions():
