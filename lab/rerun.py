@@ -162,7 +162,8 @@ def train_all(arms, out, jobs, module):
                     with open(Path(out, run, "log.txt"), "a") as log:
                         process = subprocess.Popen(
                             [sys.executable, "-m", module, "--out", str(out), "--run", run],
-                            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            start_new_session=True)  # a terminal's Ctrl-C comes here alone
                     at_work[run] = process, left.pop(run), time.time()
             time.sleep(0.2)
             for run, (process, tokens, since) in list(at_work.items()):
