@@ -19,14 +19,19 @@ from objectives import fim_prompt, mask, split
 from sample import STOPPED, best_first, trained_orders
 
 def on_markov(model, tok, knobs, is_last, n_cut=3):
-    """Bits a token, left to right, above what the documents' probabilities are; and, in each order that is
-    trained, see middles.
+    """Bits a token of plain documents above those of their probabilities; and, in each order that is trained,
+    what middles returns.
 
-    n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on whole documents."""
+    Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its bits
+    for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which leaves
+    the sentinels out. n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on whole
+    documents."""
     texts = documents("markov", 500, seed=1)
-    cost = total_bits(model, [([tok.eot], [*tok.encode(text), tok.eot]) for text in texts])
-    exact = sum(map(MARKOV.document_bits, texts))
-    out = {"excess": float(cost - exact) / sum(len(text) + 1 for text in texts)}
+    scores = score(model, [([tok.eot], [*tok.encode(text), tok.eot]) for text in texts], tok.pre)
+    coin = -sum(np.log2(1 - np.exp(s.watched)).sum() for s in scores)
+    excess = sum(bits(s).sum() for s in scores) - coin - sum(map(MARKOV.document_bits, texts))
+    n_tokens = sum(len(text) + 1 for text in texts)
+    out = {"excess": float(excess / n_tokens), "coin": float(coin / n_tokens)}
     for order in trained_orders(knobs):
         values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200, n_cut), n_cut)
         out |= values | ({f"{order}_scatter": points} if is_last else {})

@@ -113,7 +113,8 @@ def test_a_blind_model_neither_reads_nor_recalls():
     bits = math.log2(TOK.n_vocab)
     texts = documents("markov", 500, seed=1)
     exact = sum(map(MARKOV.document_bits, texts)) / sum(len(text) + 1 for text in texts)
-    assert out["excess"] == pytest.approx(bits - exact) and 1.5 < exact < 2
+    assert out["excess"] + out["coin"] == pytest.approx(bits - exact) and 1.5 < exact < 2
+    assert out["coin"] == pytest.approx(math.log2(TOK.n_vocab / (TOK.n_vocab - 1)))
     for order in ("psm", "spm"):
         assert [out[f"{order}_{name}"] for name in ("end", "elsewhere", "another", "later")] == [
             pytest.approx(1 / TOK.n_vocab)] * 4
