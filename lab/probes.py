@@ -22,10 +22,10 @@ def on_markov(model, tok, knobs, is_last, n_cut=3):
     """Bits a token of plain documents above those of their probabilities; and, in each order that is trained,
     what middles returns.
 
-    Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its bits
-    for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which leaves
-    the sentinels out. n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on whole
-    documents."""
+    Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its
+    bits for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which
+    leaves the sentinels out. n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on
+    whole documents."""
     texts = documents("markov", 500, seed=1)
     scores = score(model, [([tok.eot], [*tok.encode(text), tok.eot]) for text in texts], tok.pre)
     coin = -sum(np.log2(1 - np.exp(s.watched)).sum() for s in scores)
