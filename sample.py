@@ -3,6 +3,7 @@
     python sample.py --prompt "def main("
     python sample.py --prefix "def mean(xs):\\n    return " --suffix " / len(xs)\\n"
     python sample.py --file draft.py                    # a text with <FILL> where the hole is
+    python sample.py --file draft.py --write            # the best infill goes into the file
     python sample.py --file draft.py --interactive      # type at the hole, get an infill, type on
     python sample.py --instruct "def mean(xs):\\n"       # a model that was fine-tuned on prompts and answers
 
@@ -16,9 +17,13 @@ What the model is given, and what it then generates, up to <EOT>:
 B: prompts in a batch, n: samples of each, T: tokens, V: vocabulary.
 """
 import codecs
+import os
+import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -254,6 +259,8 @@ def read_arguments(arguments):
     parser.add_argument("--prefix", **text, help="text before the hole")
     parser.add_argument("--suffix", **text, help="text after the hole")
     parser.add_argument("--file", help=f"a text with one {FILL} in it, the hole")
+    parser.add_argument("--write", action="store_true", help="put the best infill into the file, and keep "
+                        "the old one as FILE.orig")
     parser.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
     parser.add_argument("--order", choices=ORDERS, help="of infilling (default: spm if trained, else psm)")
     parser.add_argument("--n", type=int, default=1, help="samples; infills are ranked (default 1)")
@@ -275,6 +282,8 @@ def read_arguments(arguments):
     check_range("--top-p", args.top_p, 1e-6, 1)
     if (args.stream or args.interactive) and args.n > 1:
         raise ValueError(f"--n {args.n}: expected one sample with --stream and --interactive")
+    if args.write and (args.file is None or args.interactive):
+        raise ValueError("--write: expected --file, without --interactive")
     is_hole = args.prefix is not None or args.suffix is not None or args.interactive and args.file is None
     if sum([args.prompt is not None, args.instruct is not None, args.file is not None, is_hole]) != 1:
         raise ValueError("expected one of --prompt, --instruct, --prefix with --suffix, or --file")
@@ -293,6 +302,32 @@ def read_hole(path):
     if len(parts) != 2:
         raise ValueError(f"--file {path}: expected one {FILL} where the hole is, found {len(parts) - 1}")
     return parts
+
+
+def write_infill(path, text):
+    """Puts text in place of the file's <FILL>, atomically: path is always the old or the new file, whole.
+
+    The rest of the file stays as it is, with its permissions; where it has CRLF line ends, text gets them.
+    The old file is kept as PATH.orig, or .orig1 if that exists, and so on: its path is returned. Raises
+    OSError."""
+    path = Path(path).resolve()  # a link stays a link
+    old = path.read_bytes()
+    if b"\r\n" in old:
+        text = text.replace("\n", "\r\n")
+    names = (Path(f"{path}.orig{i or ''}") for i in count())
+    kept = next(name for name in names if not name.exists())
+    shutil.copy2(path, kept)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+        try:
+            f.write(old.replace(FILL.encode(), text.encode()))
+            f.flush()
+            os.fsync(f.fileno())
+            shutil.copymode(path, f.name)
+            os.replace(f.name, path)
+        except OSError:
+            os.unlink(f.name)
+            raise
+    return kept
 
 
 def warn(message):
@@ -337,12 +372,15 @@ def fill_hole(model, tok, objective, knobs, args, **sampling):
                            "spm_layout": knobs["spm_layout"], "stream": args.stream, "warn": warn}
     if args.interactive:
         return type_and_infill(model, tok, args.prefix, args.suffix, **settings)
-    for rank, best in enumerate(infill(model, tok, args.prefix, args.suffix, args.n, **settings), 1):
+    infills = infill(model, tok, args.prefix, args.suffix, args.n, **settings)
+    for rank, best in enumerate(infills, 1):
         if args.n > 1:
             print(f"--- {rank} of {args.n}, {best.ended}, {best.mean_log_p:.2f} nats a token")
         print("" if args.stream else args.prefix + paint(best.text) + args.suffix)
         if args.n == 1:
             print(f"({best.ended}, {best.mean_log_p:.2f} nats a token)", file=sys.stderr)
+    if args.write:
+        print(f"written: {args.file}; before: {write_infill(args.file, infills[0].text)}", file=sys.stderr)
 
 
 def type_and_infill(model, tok, prefix, suffix, **settings):

@@ -14,7 +14,7 @@ from data import Tokenizer
 from model import GPT, GPTConfig
 from objectives import OBJECTIVES, knobs_of
 from sample import (CUT, NOT_STOPPED, STOPPED, Infill, PromptCache, best_first, collect, generate, infill,
-                    infill_prompt, load_model, pick, trained_orders, where_suffix_repeats)
+                    infill_prompt, load_model, pick, trained_orders, where_suffix_repeats, write_infill)
 
 PREFIX, MIDDLE, SUFFIX = "def mean(xs):\n    return sum(xs)", " / len(xs)", "\n\nprint(mean([1, 2]))\n"
 
@@ -352,6 +352,45 @@ def test_the_command_line_fills_a_hole(cli, runs, documents):
     assert "of the prefix and the first" in cli("--prefix", documents[0][:2000], "--suffix", SUFFIX).err
 
 
+def test_the_command_line_writes_the_best_infill_into_the_file(cli, tmp_path):
+    draft = tmp_path / "draft.py"
+    draft.write_text(f"{PREFIX}<FILL>{SUFFIX}")
+    shown = cli("--file", str(draft), "--write", "--n", "3", "--temperature", "2")
+    assert draft.read_text() == shown.out.split("nats a token\n")[1].split("\n--- 2 of 3")[0]
+    assert draft.read_text() != PREFIX + SUFFIX and f"{draft}.orig" in shown.err
+    assert cli("--file", str(draft), "--write").code == 2  # the hole is filled
+
+
+def test_writing_an_infill_leaves_the_rest_of_the_file_as_it_was(tmp_path):
+    """Byte for byte, with its permissions and line ends, also through a link; the old file is kept beside."""
+    old = f"\ufeff# é\n{PREFIX}<FILL>{SUFFIX}".replace("\n", "\r\n").encode()
+    draft, link = tmp_path / "draft.py", tmp_path / "link.py"
+    draft.write_bytes(old)
+    draft.chmod(0o755)
+    link.symlink_to(draft)
+    (tmp_path / "draft.py.orig").write_text("of an earlier hole")
+    kept = write_infill(link, " / len(xs)  # ½\n")
+    assert draft.read_bytes() == old.replace(b"<FILL>", " / len(xs)  # ½\r\n".encode())
+    assert draft.stat().st_mode & 0o777 == 0o755 and link.is_symlink()
+    assert kept == tmp_path / "draft.py.orig1" and kept.read_bytes() == old
+    assert (tmp_path / "draft.py.orig").read_text() == "of an earlier hole"
+
+
+def test_a_file_that_cannot_be_written_stays_as_it_was(cli, tmp_path, monkeypatch):
+    draft = tmp_path / "draft.py"
+    draft.write_text("x = <FILL>\n")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as full_disk:
+            full_disk.setattr(os, step, fail)
+            shown = cli("--file", str(draft), "--write", "--n", "2")
+        assert shown.code == 1 and "No space left" in shown.err and draft.read_text() == "x = <FILL>\n"
+        assert {path.name.rstrip("1") for path in tmp_path.iterdir()} == {"draft.py", "draft.py.orig"}
+
+
 def test_the_command_line_ranks_samples(cli):
     hole = ["--prefix", PREFIX, "--suffix", SUFFIX.replace("\n", "\\n")]
     shown = cli(*hole, "--n", "3").out
@@ -392,6 +431,8 @@ def test_the_command_line_infills_while_one_types(cli, runs, monkeypatch):
     ("--file zero.py", 2, "found 0"), ("--file two.py", 2, "found 2"), ("--file latin.py", 2, "UTF-8"),
     ("--interactive", 2, "lone surrogate"), ("--interactive --n 2", 2, "--n 2: expected one sample"),
     ("--interactive --prompt a", 2, "expected one of --prompt"),
+    ("--prefix a --write", 2, "--write: expected --file"),
+    ("--file draft.py --interactive --write", 2, "without --interactive"),
     ("--file missing.py", 1, "missing.py"), ("--prompt a --n 0", 2, "--n 0: expected 1"),
     ("--prompt a --n 2 --stream", 2, "--n 2: expected one"), ("--prompt a --top-k -1", 2, "--top-k -1"),
     ("--prompt a --top-p 1.5", 2, "--top-p 1.5: expected"), ("--prompt a --seeds 1", 2, "--seeds"),
