@@ -29,7 +29,7 @@ def markov(objective, steps=400, eval_every=200, base="", probe=probes.on_markov
 
 
 def stdlib(objective):
-    return Arm(f"--objective {objective} --steps 400 --eval-every 400", probes.on_stdlib)
+    return Arm(f"--objective {objective} --steps 250 --eval-every 250", probes.on_stdlib)
 
 
 def relay(objective, steps, eval_every):
@@ -39,7 +39,7 @@ def relay(objective, steps, eval_every):
 
 def records(ratio):
     return Arm(f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
-               "--steps 200 --warmup 20 --eval-every 10 --eval-tokens 4096", probes.on_records, seeds=5)
+               "--steps 160 --warmup 20 --eval-every 10 --eval-tokens 4096", probes.on_records, seeds=5)
 
 
 def chains(objective):
@@ -55,25 +55,19 @@ def answers(objective):
 ARMS = {
     "markov-ntp": markov("ntp", eval_every=50),
     "markov-meap": markov("meap", eval_every=50),
+    "markov-fim-0.9": markov("fim --fim-rate 0.9", eval_every=50),
     "markov-fim-0.25": markov("fim --fim-rate 0.25"),
     "markov-fim-0.5": markov("fim --fim-rate 0.5"),
-    "markov-fim-0.75": markov("fim --fim-rate 0.75"),
-    "markov-fim-0.9": markov("fim --fim-rate 0.9", eval_every=50),
     "markov-fim-1.0": markov("fim --fim-rate 1.0"),
     "markov-psm": markov("fim_psm --fim-rate 0.9"),
     "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
     "markov-documents": markov("fim --fim-level document --fim-rate 0.9",
                                probe=partial(probes.on_markov, n_cut=0)),
-    "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
-    "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
-    "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
-    "stdlib-ntp": stdlib("ntp"),
-    "stdlib-fim": stdlib("fim"),
     "relay-ntp": relay("ntp", 400, 50),
     "relay-meap": relay("meap", 400, 50),
-    "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 450, 450),
-    "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 450, 450),
-    "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 450, 450),
+    "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 350, 350),
+    "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 350, 350),
+    "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 350, 350),
     "records-0.0": records(0.0),
     "records-0.05": records(0.05),
     "records-0.1": records(0.1),
@@ -84,6 +78,12 @@ ARMS = {
     "chains-meap": chains("meap"),
     "answers-sft": answers("sft"),
     "answers-meap_sft": answers("meap_sft --min-answer 0"),
+    "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
+    "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
+    "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
+    "stdlib-ntp": stdlib("ntp"),
+    "stdlib-fim": stdlib("fim"),
+    "markov-fim-0.75": markov("fim --fim-rate 0.75"),
 }
 
 FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
