@@ -156,10 +156,12 @@ def cut(text):
 
 
 def learn_bpe(counts, n):
-    """Byte-pair encoding (Sennrich et al., 2016): n entries, of which the first 256 are the single bytes.
+    """Byte-pair encoding (Sennrich et al., 2016) -> list[bytes], n entries, of which the first 256 are the
+    single bytes; fewer where no pair is left.
 
     counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most
-    frequent pair of neighbours (ties: the smaller ids). Pair counts are updated where a merge changes a word.
+    frequent pair of neighbours (ties: the smaller ids), from left to right in each piece, into one id, whose
+    entry is the joined bytes of both. Pair counts are updated where a merge changes a word.
     A heap holds (-count, pair); an entry popped with an outdated count is pushed back with the true one.
     """
     words, frequency = [list(piece) for piece in counts], list(counts.values())

@@ -175,7 +175,7 @@ def causal_attention(q, k, v, dropout=0.0):
 
     q (B, H, T, D), k and v (B, H, S, D) -> output (B, H, T, D), weights (B, H, T, S). The queries are the
     last T of S positions (T = S in training); each attends to its own position and those before it. Each row
-    of weights sums to 1."""
+    of weights sums to 1; dropout acts on the weights that multiply V, not on those returned."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)                 # (B, H, T, S)
     if q.shape[2] > 1:  # a single query, the last position, attends to all
         scores += causal_mask(q.shape[2], k.shape[2], scores)                   # in place, to save memory
@@ -184,7 +184,9 @@ def causal_attention(q, k, v, dropout=0.0):
 
 
 def causal_mask(T, S, like):
-    """(T, S), the queries at the last T of S positions: 0 up to the query's own position, -inf after it."""
+    """(T, S), the queries at the last T of S positions: 0 up to the query's own position, -inf after it.
+
+    like: a tensor that has the mask's dtype and device."""
     return torch.full((T, S), float("-inf"), dtype=like.dtype, device=like.device).triu(S - T + 1)
 
 
@@ -265,7 +267,9 @@ def rope_rotations(T, D):
 
 def rotate(x, rotations):
     """x (B, T, heads, D) with each pair (x[i], x[i + D/2]) rotated by its position's angle; q . k then
-    depends on the distance of the two positions."""
+    depends on the distance of the two positions. rotations (2, T, 1, D): see rope_rotations.
+
+        (a, b) -> (a cos - b sin, b cos + a sin)"""
     cos, sin = rotations.to(x.dtype)
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 

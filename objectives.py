@@ -67,7 +67,8 @@ def fim_example(prefix, middle, suffix, tok, order="psm", spm_layout="swapped"):
 
 
 def split(text, rng, span="char"):
-    """A str or a list of ids (to cut between tokens) -> (prefix, middle, suffix), cut at two uniform places.
+    """A str or a list of ids (to cut between tokens) -> (prefix, middle, suffix), cut at two places, each
+    uniform over all len(text) + 1.
 
     Any part may be empty (FIM, section 3). span "line" cuts only at line starts and the end (section 4.5)."""
     places = range(len(text) + 1)

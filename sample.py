@@ -161,8 +161,10 @@ def infill(model, tok, prefix, suffix, n=1, max_new_tokens=64, order="spm", spm_
 def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn=None):
     """Two texts -> the prompt's ids, laid out as in training, with room for max_new_tokens behind them.
 
-    Text that does not fit is trimmed, the prefix on its left and the suffix on its right, and warn is called
-    with a sentence about it. Raises ValueError where there is no room for text."""
+    Text that does not fit is trimmed, the prefix on its left and the suffix on its right: the suffix gets a
+    third of the room, the prefix the rest, and either takes what the other does not need. warn is then called
+    with a sentence about it: "... the last 30 of 200 tokens of the prefix and the first 15 of 90 of the
+    suffix". Raises ValueError where there is no room for text."""
     prefix, suffix = tok.encode(prefix), tok.encode(suffix)
     block_size = model.config.block_size
     room = block_size - 3 - max_new_tokens                                      # for text, beside 3 sentinels
@@ -170,7 +172,6 @@ def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout,
         raise ValueError(f"--max-new-tokens {max_new_tokens}: the model's context is {block_size} tokens, "
                          f"expected at most {block_size - 4}")
     if len(prefix) + len(suffix) > room:
-        # The suffix gets a third, the prefix the rest; either takes what the other does not need.
         for_suffix = min(len(suffix), max(room // 3, room - len(prefix)))
         for_prefix = min(len(prefix), room - for_suffix)
         if warn:
@@ -214,7 +215,8 @@ class PromptCache(KVCache):
         self.ids, self.reused = [], 0
 
     def cut_back_to(self, prompt):
-        """Forgets what the cache does not share with the next prompt, a list of ids."""
+        """Forgets what the cache does not share with the next prompt, a list of ids: sets ids, reused and
+        length. The prompt's last token is never reused."""
         most = min(len(self.ids), len(prompt) - 1)  # generate needs the logits after the last token
         self.reused = 0
         while self.reused < most and self.ids[self.reused] == prompt[self.reused]:

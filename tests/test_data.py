@@ -68,6 +68,11 @@ def test_ids_are_the_vocabulary_then_five_specials_also_after_json(tok):
         Tokenizer.train(["text"], 260)
 
 
+def test_merges_worked_by_hand():
+    """ef occurs 7 times, ab twice in each of 3 words, cd 5 times."""
+    assert learn_bpe({b"abab": 3, b"cd": 5, b"ef": 7}, 259)[256:] == [b"ef", b"ab", b"cd"]
+
+
 def test_learn_bpe_merges_what_a_full_recount_would(documents):
     rng = np.random.default_rng(0)
     few_letters = [Counter(bytes(rng.integers(97, 99, rng.integers(1, 14)).tolist()) for _ in range(9))

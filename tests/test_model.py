@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, rope_rotations, rotate
+from model import (GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, causal_mask,
+                   rope_rotations, rotate)
 
 POSITIONS = pytest.mark.parametrize("position", ["rope", "learned"])
 ATTENTIONS = pytest.mark.parametrize("attention", ["manual", "fused"])
@@ -29,6 +30,15 @@ def test_attention_worked_by_hand():
     e = math.e
     assert weights.flatten().tolist() == pytest.approx([1, 0, 1 / (1 + e), e / (1 + e)])
     assert output.flatten().tolist() == pytest.approx([10, (10 + 20 * e) / (1 + e)])
+
+
+@pytest.mark.parametrize("S, rows", [(3, ["0--", "00-", "000"]), (5, ["000--", "0000-", "00000"])],
+                         ids=["no_cache", "cache"])
+def test_the_mask_worked_by_hand(S, rows):
+    """Three queries: 0 where a query attends, - for minus infinity. A cache puts positions before them."""
+    mask = causal_mask(3, S, torch.zeros(1, dtype=torch.float64))
+    expected = [[{"0": 0.0, "-": -math.inf}[sign] for sign in row] for row in rows]
+    assert mask.tolist() == expected and mask.dtype == torch.float64
 
 
 @pytest.mark.parametrize("T, S", [(7, 7), (3, 7), (1, 7)])

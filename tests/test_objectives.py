@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import LANGUAGES, as_stream
 
-from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, fim, fim_documents, fim_example, fim_meap, fim_prompt,
-                        fragments, knobs_of, mask, meap, meap_sft, ntp, sft, split)
+from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, fim, fim_documents, fim_example, fim_fragment, fim_meap,
+                        fim_prompt, fragments, knobs_of, mask, meap, meap_sft, ntp, sft, split)
 
 LAYOUTS = ("swapped", "labelled", "joint")
 SPANS = ("char", "token", "line")
@@ -168,6 +168,18 @@ def test_meap_masks_exactly_its_share_of_ordinary_inputs_and_no_target(corpora, 
     assert plain is fim or np.abs(places / 100 - int(T * ratio) / T).max() < 0.25, "uniform over the row"
 
 
+def test_a_mask_has_its_exact_size_and_falls_anywhere(tok):
+    rng = np.random.default_rng(0)
+    for T, ratio in product((1, 19, 20, 99), (0, 0.15, 1)):
+        inputs, masked = np.arange(T), np.zeros(T, bool)
+        inputs[::7] = tok.eot
+        for _ in range(200):
+            drawn = mask(inputs.copy(), ratio, tok, rng)
+            assert (drawn == tok.mask).sum() == min(int(T * ratio), (inputs != tok.eot).sum())
+            masked |= drawn == tok.mask
+        assert int(T * ratio) == 0 or np.array_equal(masked, inputs != tok.eot)
+
+
 def test_masking_spares_special_tokens_even_where_few_others_are_left(tok):
     inputs = np.array([tok.pre, tok.suf, 7, tok.mid, 8, tok.eot])
     masked = mask(inputs, 0.9, tok, np.random.default_rng(0)).tolist()
@@ -215,6 +227,36 @@ def test_the_two_cuts_are_uniform_and_any_part_may_be_empty():
     cuts = list(combinations_with_replacement(range(10), 2))
     assert set(counts) == set(cuts)
     assert is_chi_square([(counts[i, j], n / 100 * (1 if i == j else 2)) for i, j in cuts])
+
+
+def test_cuts_at_lines_worked_by_hand():
+    rng = np.random.default_rng(0)
+    drawn = {split("ab\n\ncd", rng, "line") for _ in range(200)}
+    assert drawn == {tuple(parts.split("|")) for parts in (
+        "||ab\n\ncd", "|ab\n|\ncd", "|ab\n\n|cd", "|ab\n\ncd|", "ab\n||\ncd", "ab\n|\n|cd", "ab\n|\ncd|",
+        "ab\n\n||cd", "ab\n\n|cd|", "ab\n\ncd||")}
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_a_fragment_worked_by_hand(corpora, order, ends):
+    """Six letters, with and without their <EOT>: all pairs of cuts, trimmed here letter by letter."""
+    tok, _ = corpora["code in bytes"]
+    text, expected = list(b"abcdef"), set()
+    fragment = text + [tok.eot] * ends
+    for first, second in combinations_with_replacement(range(7), 2):
+        prefix, middle, suffix = text[:first], text[first:second], text[second:]
+        while len(prefix + middle + suffix) + 4 > len(fragment) and prefix + suffix:
+            if suffix:
+                suffix.pop()
+            else:
+                prefix.pop(0)
+        example = {"psm": [tok.pre, *prefix, tok.suf, *suffix, tok.mid, *middle, tok.eot],
+                   "spm": [tok.suf, *suffix, tok.pre, *prefix, tok.mid, *middle, tok.eot]}[order]
+        expected.add(tuple(example if len(example) == len(fragment) else fragment))  # no room: it stays plain
+    rng = np.random.default_rng(0)
+    drawn = {tuple(fim_fragment(fragment, tok, rng, order, "labelled", "char")) for _ in range(600)}
+    assert drawn == expected
 
 
 @pytest.mark.parametrize("span, name", [

@@ -239,6 +239,15 @@ def test_typing_on_reuses_the_cache_and_gives_the_infill_without_a_cache(order, 
         before = prompt
 
 
+def test_a_prompt_cache_keeps_what_two_prompts_both_begin_with():
+    cache = PromptCache(GPTConfig(60, block_size=24))
+    for prompt, reused in (([1, 2, 3], 0), ([1, 2, 4], 2), ([1, 2, 4], 2), ([1, 2, 4, 5], 3), ([1, 2], 1),
+                           ([1, 2, 4], 2), ([9, 2, 4], 0), ([9], 0)):
+        cache.cut_back_to(prompt)
+        assert cache.reused == cache.length == reused and cache.ids == prompt
+        cache.length = len(prompt)  # the model has seen the prompt
+
+
 def test_sentinels_in_a_prompt_are_text(tok):
     prompt = infill_prompt(small_model(block_size=64), tok, "a <MID> b", "<EOT><PRE>", 8, "psm", "swapped")
     assert [i for i in prompt if i in tok.specials] == [tok.pre, tok.suf, tok.mid]
