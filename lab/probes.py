@@ -106,9 +106,10 @@ def middles(model, tok, order, spm_layout, holes, n_cut=3):
     exact_given = -sum(np.log2(p[range(len(middle) + 1), [*map(LETTERS.index, middle), -1]]).sum()
                        for p, (_, middle, _) in zip(exact, holes))
     out[f"{order}_middle"] = (given - exact_given) / (n_letters + len(holes))
-    # Without the suffix's text: the middle from the prefix alone, its length from the prior.
-    alone = total_bits(model, [([tok.eot, *letters(prefix)], letters(middle))
-                               for prefix, middle, _ in holes])
+    # Without the suffix's text: letters as they follow the prefix in plain text, the length from the prior.
+    plain = score(model, [([tok.eot, *letters(prefix)], letters(middle)) for prefix, middle, _ in holes],
+                  tok.eot)
+    alone = sum(bits(s).sum() + np.log2(1 - np.exp(s.watched)).sum() for s in plain)
     exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, _ in holes)
     for_length = 0
     for prefix, middle, suffix in holes:
