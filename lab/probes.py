@@ -15,12 +15,12 @@ from lab.attention import compare, received, shares
 from lab.corpora import LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, questions
 from lab.evaluate import continuations, eot_probabilities, score
 from lab.tasks import random_span_holes, single_line_holes
-from objectives import fim_prompt, mask, split
+from objectives import ORDERS, fim_prompt, mask, split
 from sample import STOPPED, best_first, trained_orders
 
 def on_markov(model, tok, knobs, is_last, n_cut=3):
-    """Bits a token of plain documents above those of their probabilities; and, in each order that is trained,
-    what middles returns.
+    """Bits a token of plain documents above those of their probabilities; and what middles returns, in both
+    orders, of a model trained on one at least.
 
     Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its
     bits for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which
@@ -32,7 +32,7 @@ def on_markov(model, tok, knobs, is_last, n_cut=3):
     excess = sum(bits(s).sum() for s in scores) - coin - sum(map(MARKOV.document_bits, texts))
     n_tokens = sum(len(text) + 1 for text in texts)
     out = {"excess": float(excess / n_tokens), "coin": float(coin / n_tokens)}
-    for order in trained_orders(knobs):
+    for order in ORDERS if trained_orders(knobs) else ():
         values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200, n_cut), n_cut)
         out |= values | ({f"{order}_scatter": points} if is_last else {})
     return out
