@@ -206,7 +206,7 @@ def table(claims, r):
             exact = shown(float(np.mean(check.exact(r))), check.unit) if check.exact else ""
             rows.append(f"| {'' if i else f'[{name}](#{name})'} | {check.text} | {bounds(check)} | "
                         f"{shown(mean, check.unit)} ± {shown(half, check.unit)} | {exact} | {verdict} |")
-    return "\n".join(rows)
+    return "\n".join(rows).replace("<EOT>", "`<EOT>`")
 
 
 def write(claims, arms, r, path, first=()):
@@ -232,7 +232,7 @@ def write(claims, arms, r, path, first=()):
         for arm in claim.arms:
             base = f" --init-from out/claims/{arms[arm].base}-SEED" if arms[arm].base else ""
             commands.append(f"python train.py {arms[arm].flags.format(out='out/claims')}{base}")
-        parts += [f"## {name}", f"{claim.source}: {claim.sentence}", f"![{name}]({figures.name}/{name}.png)",
+        parts += [f"## {name}", f"{claim.source}: {claim.sentence}".replace("<EOT>", "`<EOT>`"), f"![{name}]({figures.name}/{name}.png)",
                   f"Seeds 1 to {arms[claim.arms[0]].seeds} of\n\n```sh\n" + "\n".join(commands) + "\n```"]
     path.write_text("\n\n".join(parts) + "\n")
 
