@@ -247,17 +247,26 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} {value}: expected one of {', '.join(choices)}")
 
 
-def main():
+def main(arguments=None):
     """Draws one text under every objective: the inputs and, below each input, its target."""
     import shutil
     import sys
 
+    from cli import Parser
     from data import Tokenizer
+
+    parser = Parser(description=main.__doc__)
+    parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
+    args = parser.parse_args(arguments)
 
     text = ("def area(width, height):\n    size = width * height\n    if size < 0:\n        size = 0\n"
             "    return size\n")
     with open(__file__, encoding="utf-8") as f:
         tok = Tokenizer.train([f.read(), text * 9], 600)  # words and parts of words
+    shown, seed = {"fim_rate": 1.0, "min_answer": 10}, 31  # such a short text would show too little
+    if args.html:
+        from lab.page import draw_objectives
+        return draw_objectives(args.html, text, tok, shown, seed)
     names = {getattr(tok, name): f"<{name.upper()}>" for name in ("pre", "suf", "mid", "eot", "mask")}
 
     def show(i, is_middle):
@@ -270,9 +279,8 @@ def main():
     for name, objective in OBJECTIVES.items():
         prompt, answer = text.split("(", 1)
         ids = [*tok.encode(prompt), tok.mid, *tok.encode(answer)] if name in ON_PAIRS else tok.encode(text)
-        shown = {"fim_rate": 1.0, "min_answer": 10}  # such a short text would show too little
         knobs = {knob: shown.get(knob, default) for knob, default in knobs_of(objective).items()}
-        inputs, targets = objective(np.array([*ids, tok.eot]), tok, np.random.default_rng(31), **knobs)
+        inputs, targets = objective(np.array([*ids, tok.eot]), tok, np.random.default_rng(seed), **knobs)
         print(f"\n{name} {' '.join(f'{knob}={value}' for knob, value in knobs.items())}\n"
               f"loss on {(targets != IGNORE).sum()} targets of {len(targets)}")
         in_middle = np.cumsum(inputs == tok.mid) > 0
@@ -292,4 +300,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    from cli import one_line_errors
+    one_line_errors(main)()

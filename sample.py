@@ -273,6 +273,7 @@ def read_arguments(arguments):
     parser.add_argument("--seed", type=int, default=1, help="of the draws (default 1)")
     parser.add_argument("--stream", action="store_const", const=partial(print, end="", flush=True),
                         help="print tokens as they come")
+    parser.add_argument("--html", metavar="FILE", help="write a page on an infill and what it attends to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
     if args.temperature is None:
@@ -286,6 +287,9 @@ def read_arguments(arguments):
         raise ValueError(f"--n {args.n}: expected one sample with --stream and --interactive")
     if args.write and (args.file is None or args.interactive):
         raise ValueError("--write: expected --file, without --interactive")
+    if args.html and (args.n > 1 or args.interactive or args.prompt is not None or args.instruct is not None):
+        raise ValueError("--html: expected one infill, of --prefix and --suffix or of --file, without --n, "
+                         "--interactive, --prompt and --instruct")
     is_hole = args.prefix is not None or args.suffix is not None or args.interactive and args.file is None
     if sum([args.prompt is not None, args.instruct is not None, args.file is not None, is_hole]) != 1:
         raise ValueError("expected one of --prompt, --instruct, --prefix with --suffix, or --file")
@@ -372,6 +376,9 @@ def fill_hole(model, tok, objective, knobs, args, **sampling):
         warn(f"this model was never trained on {order}")
     settings = sampling | {"max_new_tokens": args.max_new_tokens, "order": order,
                            "spm_layout": knobs["spm_layout"], "stream": args.stream, "warn": warn}
+    if args.html:
+        from lab.page import draw_infill
+        return draw_infill(args.html, model, tok, args.prefix, args.suffix, **settings)
     if args.interactive:
         return type_and_infill(model, tok, args.prefix, args.suffix, **settings)
     infills = infill(model, tok, args.prefix, args.suffix, args.n, **settings)
