@@ -10,11 +10,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import prepare, split_lines
+from data import split_lines
 from lab.attention import compare, received, shares
 from lab.corpora import LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, questions
-from lab.evaluate import continuations, eot_probabilities, score
-from lab.tasks import random_span_holes, single_line_holes
+from lab.evaluate import continuations, score
 from objectives import ORDERS, fim_prompt, mask, split
 from sample import STOPPED, best_first, trained_orders
 
@@ -284,15 +283,3 @@ def gift_questions(n, seed):
         pairs.append(("".join(lines) + "?", "".join(f" {giver} {gift}" for giver, gift in gifts.items())))
     return pairs
 
-
-def on_stdlib(model, tok, knobs, is_last):
-    """P(<EOT>) in single lines and random spans of held-out Python: see evaluate.stopping."""
-    _, _, stream = prepare("stdlib", "bpe", 2048)
-    out, layout = {}, knobs.get("spm_layout", "joint")
-    for order in trained_orders(knobs):
-        for kind, holes in (("line", single_line_holes(stream, tok, 100, 1, 120, 80, 40)),
-                            ("span", random_span_holes(stream, tok, 100, 1, 120))):
-            names = ("end", "elsewhere", None, "another", "later")
-            values = eot_probabilities(model, tok, holes, order, layout).values()
-            out |= {f"{order}_{kind}_{name}": f["mean"] for name, f in zip(names, values) if name}
-    return out

@@ -232,7 +232,8 @@ def write(claims, arms, r, path, first=()):
         for arm in claim.arms:
             base = f" --init-from out/claims/{arms[arm].base}-SEED" if arms[arm].base else ""
             commands.append(f"python train.py {arms[arm].flags.format(out='out/claims')}{base}")
-        parts += [f"## {name}", f"{claim.source}: {claim.sentence}".replace("<EOT>", "`<EOT>`"), f"![{name}]({figures.name}/{name}.png)",
+        sentence = f"{claim.source}: {claim.sentence}".replace("<EOT>", "`<EOT>`")
+        parts += [f"## {name}", sentence, f"![{name}]({figures.name}/{name}.png)",
                   f"Seeds 1 to {arms[claim.arms[0]].seeds} of\n\n```sh\n" + "\n".join(commands) + "\n```"]
     path.write_text("\n\n".join(parts) + "\n")
 
