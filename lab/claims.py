@@ -35,7 +35,7 @@ def relay(objective, steps, eval_every):
 
 def records(ratio):
     return Arm(f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
-               "--steps 160 --warmup 20 --eval-every 10 --eval-tokens 4096", probes.on_records, seeds=5)
+               "--steps 240 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
 
 
 def chains(objective):
@@ -65,11 +65,10 @@ ARMS = {
     "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 350, 350),
     "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 350, 350),
     "records-0.0": records(0.0),
-    "records-0.05": records(0.05),
-    "records-0.1": records(0.1),
     "records-0.15": records(0.15),
+    "records-0.1": records(0.1),
+    "records-0.05": records(0.05),
     "records-0.2": records(0.2),
-    "records-0.3": records(0.3),
     "chains-ntp": chains("ntp"),
     "chains-meap": chains("meap"),
     "answers-sft": answers("sft"),
@@ -77,6 +76,7 @@ ARMS = {
     "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
     "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
     "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
+    "records-0.3": records(0.3),
     "markov-fim-0.75": markov("fim --fim-rate 0.75"),
 }
 
