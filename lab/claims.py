@@ -59,28 +59,27 @@ ARMS = {
     "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
     "markov-documents": markov("fim --fim-level document --fim-rate 0.9",
                                probe=partial(probes.on_markov, n_cut=0)),
+    "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
+    "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
+    "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
     "relay-ntp": relay("ntp", 400, 50),
     "relay-meap": relay("meap", 400, 50),
     "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 350, 350),
     "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 350, 350),
     "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 350, 350),
     "records-0.0": records(0.0),
-    "records-0.15": records(0.15),
-    "records-0.1": records(0.1),
     "records-0.05": records(0.05),
+    "records-0.1": records(0.1),
+    "records-0.15": records(0.15),
     "records-0.2": records(0.2),
+    "records-0.3": records(0.3),
     "chains-ntp": chains("ntp"),
     "chains-meap": chains("meap"),
     "answers-sft": answers("sft"),
     "answers-meap_sft": answers("meap_sft --min-answer 0"),
-    "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
-    "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
-    "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
-    "records-0.3": records(0.3),
-    "markov-fim-0.75": markov("fim --fim-rate 0.75"),
 }
 
-FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 # The bounds of a claim that two losses are equal: some 1% of markov's 1.7 bits a token.
 SAME = {"low": -0.015, "high": 0.015}
 ABOVE_EXACT = "left to right: bits a token above the exact"
