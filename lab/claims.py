@@ -298,8 +298,8 @@ CLAIMS = {
 }
 # One picture for a lecture: models against the exact answer, over training.
 LEARNING = [
-    (ABOVE_EXACT, over("step", "excess", "markov-ntp", "markov-meap", JOINT)),
-    (f"{JOINT}, SPM: P(<EOT>)", lambda r: {
+    (f"{ABOVE_EXACT}, over steps", over("step", "excess", "markov-ntp", "markov-meap", JOINT)),
+    (f"{JOINT}, SPM: P(<EOT>), over steps", lambda r: {
         kind + label: r.curve(JOINT, f"{prefix}spm_{name}") for label, name in (
             ("true end", "end"), ("before another text", "another"), ("elsewhere", "elsewhere"))
         for kind, prefix in (("", ""), ("exact: ", "bayes_"))})]
