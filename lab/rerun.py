@@ -64,9 +64,9 @@ def judge(check, values):
     low and high, "does not show" if none of it does, else "cannot be told"."""
     mean, n = float(np.mean(values)), len(values)
     half = T_90[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
-    if check.low <= mean - half and mean + half <= check.high:
+    if check.low < mean - half and mean + half < check.high:
         return "shows", mean, half
-    if mean + half < check.low or check.high < mean - half:
+    if mean + half <= check.low or check.high <= mean - half:
         return "does not show", mean, half
     return "cannot be told", mean, half
 

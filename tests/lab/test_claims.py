@@ -129,6 +129,7 @@ def test_a_verdict_by_hand():
     assert (verdict, mean, half) == ("shows", pytest.approx(0.5), pytest.approx(0.16859, abs=1e-5))
     assert judge(check, np.array([1.4, 1.5, 1.6]))[0] == "does not show"
     assert judge(check, np.array([0.0, 0.1, 0.2]))[0] == "cannot be told"
+    assert judge(check, np.zeros(3))[0] == "does not show"  # no difference at all is none above 0
 
 
 @pytest.mark.parametrize("name", CLAIMS)
