@@ -154,7 +154,8 @@ CLAIMS = {
     "fim_for_free": Claim(
         "FIM, claim 1", "At a FIM rate of 0.5, left-to-right loss equals that of training without FIM.",
         ("markov-ntp", "markov-fim-0.5"),
-        [Check("bits a token, fim minus ntp", minus("excess", "markov-fim-0.5", "markov-ntp"), **SAME)],
+        [Check("bits a token, without the coin for plain or FIM: fim minus ntp",
+               minus("excess", "markov-fim-0.5", "markov-ntp"), **SAME)],
         [(ABOVE_EXACT, each("excess", "markov-ntp", "markov-fim-0.5")),
          ("bits a token for the coin: plain or FIM?", lambda r: {
              "markov-fim-0.5": r("markov-fim-0.5", "coin"), "one bit a document": np.array([1 / 21])})]),
