@@ -18,7 +18,9 @@ from cli import Parser, newest_run, one_line_errors, pick_device
 from data import is_held_out, load_documents
 from lab import probes
 from lab.evaluate import continuations
+from lab.figures import pyplot
 from lab.rerun import Arm, Check, Claim, Results, table, train_all, train_run, write
+from objectives import check_range
 from sample import load_model
 
 
@@ -334,10 +336,16 @@ def main(arguments=None):
     parser.add_argument("--ckpt", metavar="DIR", help="whose (default: the newest run under out/)")
     parser.add_argument("--data", default="stdlib", help="of which text (default stdlib)")
     args = parser.parse_args(arguments)
+    check_range("--jobs", args.jobs, 1, 1024)
     if args.export:
         return export(args.export, args.ckpt or newest_run(), args.data)
     if args.run:
+        arm, _, seed = args.run.rpartition("-")
+        if arm not in ARMS or not seed.isdecimal():
+            raise ValueError(f"--run {args.run}: expected an arm and a seed, such as markov-ntp-1; "
+                             f"the arms are {', '.join(ARMS)}")
         return train_run(args.run, ARMS, args.out)
+    pyplot()  # raises now, not after hours, where matplotlib is missing
     claims = {name: CLAIMS[name] for name in args.only or CLAIMS}
     names = {name for claim in claims.values() for arm in claim.arms for name in (ARMS[arm].base, arm)}
     arms = {name: arm for name, arm in ARMS.items() if name in names}

@@ -22,7 +22,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--figures needs matplotlib: pip install matplotlib") from None
+        raise ValueError("figures need matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
     return matplotlib.pyplot

@@ -159,6 +159,18 @@ def test_every_claim_has_its_arms(name):
     assert set(CLAIMS[name].arms) <= ARMS.keys() and len(CLAIMS[name].panels) == 2
 
 
+@pytest.mark.parametrize("arguments, message", [
+    ("--jobs 0", "--jobs 0: expected 1 to 1024"),
+    ("--run markov-ntp", "--run markov-ntp: expected an arm and a seed, such as markov-ntp-1"),
+    ("--run nothing-1", "--run nothing-1: expected an arm and a seed"),
+    ("--only nothing", "argument --only: invalid choice: 'nothing'"),
+])
+def test_a_mistake_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        claims.main(arguments.split())
+    assert exit.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_where_a_curve_reaches_a_level(tmp_path):
     for seed, shares in enumerate(([0.5, 0.8, 1.0], [0.95, 0.97, 1.0], [0.1, 0.2, 0.3]), 1):
         folder = tmp_path / f"a-{seed}"
