@@ -117,8 +117,8 @@ def markov(rng):
 
 def relay(rng):
     animals, gifts = rng.choice(ANIMALS, 8, replace=False), rng.choice(GIFTS, 8, replace=False)
-    number, giver, lines = int(rng.integers(1, 60)), 0, []
-    for number in range(number, number + int(rng.integers(16, 41))):
+    first, giver, lines = int(rng.integers(1, 60)), 0, []
+    for number in range(first, first + int(rng.integers(16, 41))):
         taker = (giver + int(rng.integers(1, 8))) % 8
         lines.append(f"{number} {animals[giver]} {gifts[giver]} {animals[taker]}\n")
         giver = taker

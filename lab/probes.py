@@ -130,20 +130,13 @@ def total_bits(model, pairs):
 
 def on_relay(model, tok, knobs, is_last):
     """Gifts recalled; at the end, lines that contradict the text before them; holes filled without error."""
-    right, known = defaultdict(int), defaultdict(int)  # by lines since the giver's last line
+    recalled = []
     for ids, is_right in argmax_is_right(model, tok, documents("relay", 64, seed=1)):
-        text, last_line = tok.decode(ids), {}
-        for number, line in enumerate(split_lines(text)[:-1]):
-            _, giver, _, _ = line.split()
-            if giver in last_line:
-                distance = number - last_line[giver]
-                known[distance] += 1
-                right[distance] += is_right[5 * number + 2]
-            last_line[giver] = number
-    out = {"recall": sum(right.values()) / sum(known.values())}
+        givers = [line.split()[1] for line in split_lines(tok.decode(ids))[:-1]]
+        recalled += [is_right[5 * i + 2] for i, giver in enumerate(givers) if giver in givers[:i]]
+    out = {"recall": float(np.mean(recalled))}
     orders = trained_orders(knobs)
     if is_last and not orders:
-        out["by_distance"] = [[d, right[d] / known[d]] for d in sorted(known) if known[d] >= 20]
         out |= contradictions(model, tok)
     for order in orders if is_last else ():
         out |= pass_rates(model, tok, order, knobs["spm_layout"])
@@ -282,4 +275,3 @@ def gift_questions(n, seed):
         gifts = dict(line.split()[1:3] for line in reversed(lines))
         pairs.append(("".join(lines) + "?", "".join(f" {giver} {gift}" for giver, gift in gifts.items())))
     return pairs
-
