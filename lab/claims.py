@@ -98,10 +98,12 @@ BY_RATIO = tuple(f"records-{ratio}" for ratio in MASK_RATIOS)
 
 
 def minus(name, arm, other):
+    """An arm's figure minus another arm's, seed by seed."""
     return lambda r: r(arm, name) - r(other, name)
 
 
 def minus_within(arm, name, other_name):
+    """One figure of an arm minus another figure of it, seed by seed."""
     return lambda r: r(arm, name) - r(arm, other_name)
 
 
@@ -112,6 +114,7 @@ def middles_minus(arm, other):
 
 
 def until_minus(arm, other, x="step"):
+    """The steps (or epochs) until 90% are right, an arm's minus another's."""
     return lambda r: r.until(arm, "recall", x=x) - r.until(other, "recall", x=x)
 
 
@@ -124,30 +127,37 @@ def attention_changes(out):
 
 
 def attention(name):
+    """A figure of probes.attention_change, one a seed."""
     return lambda r: np.array([change[name] for change in attention_changes(r.out)])
 
 
 def each(name, *arms):
+    """Bars: a figure of several arms."""
     return lambda r: {arm: r(arm, name) for arm in arms}
 
 
 def each_order(name):
+    """Bars: a figure of JOINT in PSM and in SPM."""
     return lambda r: {order: r(JOINT, f"{order}_{name}") for order in ("psm", "spm")}
 
 
 def over(x, name, *arms):
+    """Lines: a figure over the steps or epochs of training, a line an arm."""
     return lambda r: {arm: r.curve(arm, name, x) for arm in arms}
 
 
 def groups(name, *arms):
+    """Lines: shares by number of records or by distance, as a probe listed them, a line an arm."""
     return lambda r: {arm: r.groups(arm, name) for arm in arms}
 
 
 def by(xs, arms, *names):
+    """Lines: figures over a setting, such as the FIM rate, whose values xs belong to the arms."""
     return lambda r: {name: (xs, np.stack([r(arm, name) for arm in arms], axis=1)) for name in names}
 
 
 def kinds(prefix, arms, *names):
+    """Lines: figures of several kinds side by side, such as single, multi, span; a line an arm."""
     return lambda r: {arm: (names, np.stack([r(arm, prefix + name) for name in names], axis=1))
                       for arm in arms}
 
