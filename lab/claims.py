@@ -30,6 +30,10 @@ def markov(objective, steps=400, eval_every=200, base="", probe=probes.on_markov
                probe, base=base)
 
 
+def stdlib(objective):
+    return Arm(f"--objective {objective} --eval-every 750", probes.on_stdlib)
+
+
 def relay(objective, steps, eval_every):
     return Arm(f"--objective {objective} --data relay --vocab-size 512 --steps {steps} "
                f"--eval-every {eval_every}", probes.on_relay)
@@ -37,7 +41,7 @@ def relay(objective, steps, eval_every):
 
 def records(ratio):
     return Arm(f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
-               "--steps 240 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
+               "--steps 600 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
 
 
 def chains(objective):
@@ -56,6 +60,7 @@ ARMS = {
     "markov-fim-0.9": markov("fim --fim-rate 0.9", eval_every=50),
     "markov-fim-0.25": markov("fim --fim-rate 0.25"),
     "markov-fim-0.5": markov("fim --fim-rate 0.5"),
+    "markov-fim-0.75": markov("fim --fim-rate 0.75"),
     "markov-fim-1.0": markov("fim --fim-rate 1.0"),
     "markov-psm": markov("fim_psm --fim-rate 0.9"),
     "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
@@ -64,6 +69,8 @@ ARMS = {
     "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
     "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
     "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
+    "stdlib-ntp": stdlib("ntp"),
+    "stdlib-fim-0.5": stdlib("fim --fim-rate 0.5"),
     "relay-ntp": relay("ntp", 400, 50),
     "relay-meap": relay("meap", 400, 50),
     "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 350, 350),
@@ -81,8 +88,8 @@ ARMS = {
     "answers-meap_sft": answers("meap_sft --min-answer 0"),
 }
 
-FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
-# The bounds of a claim that two losses are equal: some 1% of markov's 1.7 bits a token.
+FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+# The bounds of a claim that two losses are equal: some 1% of markov's 1.7 bits a token, stdlib's 1.2 a byte.
 SAME = {"low": -0.015, "high": 0.015}
 ABOVE_EXACT = "left to right: bits a token above the exact"
 ABOVE_BAYES = "middle and <EOT>: bits a token above Bayes' rule"
@@ -165,12 +172,14 @@ def kinds(prefix, arms, *names):
 CLAIMS = {
     "fim_for_free": Claim(
         "FIM, claim 1", "At a FIM rate of 0.5, left-to-right loss equals that of training without FIM.",
-        ("markov-ntp", "markov-fim-0.5"),
-        [Check("bits a token, without the coin for plain or FIM: fim minus ntp",
-               minus("excess", "markov-fim-0.5", "markov-ntp"), **SAME)],
+        ("markov-ntp", "markov-fim-0.5", "stdlib-ntp", "stdlib-fim-0.5"),
+        [Check("markov: bits a token, without the coin for plain or FIM: fim minus ntp",
+               minus("excess", "markov-fim-0.5", "markov-ntp"), **SAME),
+         Check("stdlib: bits a byte, the same", minus("bits", "stdlib-fim-0.5", "stdlib-ntp"), **SAME)],
         [(ABOVE_EXACT, each("excess", "markov-ntp", "markov-fim-0.5")),
          ("bits a token for the coin: plain or FIM?", lambda r: {
-             "markov-fim-0.5": r("markov-fim-0.5", "coin"), "one bit a document": np.array([1 / 21])})]),
+             "markov-fim-0.5": r("markov-fim-0.5", "coin"), "one bit a document": np.array([1 / 21])}),
+         ("stdlib: bits a byte", each("bits", "stdlib-ntp", "stdlib-fim-0.5"))]),
     "fim_rate": Claim(
         "FIM, claim 2", "Left-to-right loss is flat up to a rate of 0.9 and worse at 1; infilling improves "
         "with the rate.", BY_RATE,

@@ -2,7 +2,7 @@
 
 Each probe is a function (model, tok, knobs, is_last) -> {name: number, or a list for a figure}; knobs are
 those of the objective. Training draws documents with seed 0, probes with other seeds. A name that begins with
-bayes_ is the exact answer to the question of the name without it. All bits are bits a letter.
+bayes_ is the exact answer to the question of the name without it. Bits are bits a letter, of stdlib a byte.
 """
 import math
 from collections import defaultdict
@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import split_lines
+from data import is_held_out, load_documents, split_lines
 from lab.attention import compare, received, shares
 from lab.corpora import LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, questions
 from lab.evaluate import continuations, score
@@ -126,6 +126,17 @@ def middles(model, tok, order, spm_layout, holes, n_cut=3):
 
 def total_bits(model, pairs):
     return sum(bits(s).sum() for s in score(model, pairs))
+
+
+def on_stdlib(model, tok, knobs, is_last):
+    """Bits a byte of the beginnings of held-out documents; the coin is apart, as in on_markov."""
+    texts = [text for text in load_documents("stdlib") if is_held_out(text)]
+    rows = [tok.encode(text)[:model.config.block_size] for text in texts]
+    scores = score(model, [([tok.eot], ids) for ids in rows], tok.pre)
+    coin = -sum(np.log2(1 - np.exp(s.watched)).sum() for s in scores)
+    n_bytes = tok.n_bytes[np.concatenate(rows)].sum()
+    in_all = sum(bits(s).sum() for s in scores)
+    return {"bits": float((in_all - coin) / n_bytes), "coin": float(coin / n_bytes)}
 
 
 def on_relay(model, tok, knobs, is_last):

@@ -46,7 +46,7 @@ class Check(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Where a claim stands, what it says, the names of the arms that it needs, its checks, and the two panels
+    """Where a claim stands, what it says, the names of the arms that it needs, its checks, and the panels
     of its figure: (label, data(r)), see draw."""
     source: str
     sentence: str
@@ -239,10 +239,10 @@ def write(claims, arms, r, path, first=()):
 
 
 def draw(path, panels, r):
-    """Draws two panels. data(r) is {label: (seeds,)}, drawn as bars; {label: (x, (seeds, n))}, as lines; or
-    two lists [exact, model], as points."""
+    """Draws panels side by side. data(r) is {label: (seeds,)}, drawn as bars; {label: (x, (seeds, n))}, as
+    lines; or two lists [exact, model], as points."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), layout="constrained")
     for axis, (label, data) in zip(axes, panels):
         values = data(r)
         if isinstance(values, list):

@@ -103,7 +103,7 @@ def test_the_prior_of_a_middles_length_is_how_fim_draws_it(order):
         assert abs(counted[length] - expected[length]) < 4.5 * math.sqrt(expected[length] + 1), length
 
 
-def test_a_blind_model_neither_reads_nor_recalls():
+def test_a_blind_model_neither_reads_nor_recalls(monkeypatch):
     class Blind(Bayes):
         def forward(self, idx, targets=None, cache=None):
             return torch.zeros(*idx.shape, TOK.n_vocab), None
@@ -120,6 +120,9 @@ def test_a_blind_model_neither_reads_nor_recalls():
             pytest.approx(1 / TOK.n_vocab)] * 4
         assert out[f"{order}_saved"] < 0
     assert probes.on_records(Blind("psm"), TOK, {}, False)["recall"] == 0
+    monkeypatch.setattr(probes, "load_documents", lambda source: [str(i) for i in range(1000)])
+    code = probes.on_stdlib(Blind("psm"), TOK, {}, False)  # a token is a byte here
+    assert code == {"bits": pytest.approx(bits - out["coin"]), "coin": pytest.approx(out["coin"])}
 
 
 def test_a_verdict_by_hand():
@@ -156,7 +159,7 @@ def test_train_takes_the_flags_of_every_arm(arm, tmp_path):
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_claim_has_its_arms(name):
-    assert set(CLAIMS[name].arms) <= ARMS.keys() and len(CLAIMS[name].panels) == 2
+    assert set(CLAIMS[name].arms) <= ARMS.keys() and len(CLAIMS[name].panels) >= 2
 
 
 @pytest.mark.parametrize("arguments, message", [
