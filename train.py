@@ -123,16 +123,18 @@ def paper(n_layer, n_embd, n_head, lr, batch, params):
 
 # A CPU's budget holds too few documents for the paper's one hole a document.
 SHORT = {"short_documents": 128}
+# What GPT-2 has in place of rotary positions, normalised queries and keys, and the token shift.
+GPT2 = {"position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True}
 PRESETS = {
     "toy": SHORT,
+    "toy_gpt2": SHORT | GPT2,
     "laptop": SHORT | {"n_layer": 6, "steps": 3400, "lr": 0.008, "warmup": 100, "eval_every": 425,
                        "save_every": 425},
     "finetune": {"block_size": 1024, "batch_size": 4, "steps": 640, "lr": 0.002, "warmup": 20,
                  "eval_every": 80, "save_every": 160},
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "position": "learned",
-             "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True, "tokenizer": "gpt2",
-             "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3, "embedding_lr": 1.0,
-             "beta1": 0.95, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},
+    "gpt2": GPT2 | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "tokenizer": "gpt2",
+                    "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3, "embedding_lr": 1.0,
+                    "beta1": 0.95, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},
     "xxs": paper(6, 384, 6, 1.6e-3, 2**19, 50_000_000),
     "xs": paper(8, 512, 8, 1.4e-3, 2**19, 77_000_000),
     "small": paper(12, 768, 12, 6e-4, 2**19, 164_000_000),

@@ -1,12 +1,13 @@
-"""GPT-2's published weights (Radford et al., 2019), in and out, in the form that Hugging Face's transformers
-gives them.
+"""GPT-2's weights and vocabulary (Radford et al., 2019), in and out, in the form that Hugging Face's
+transformers gives them.
 
-    python train.py --init-from model.safetensors      in: a .safetensors or .bin, or the folder with one
-    python -m lab.gpt2 out/gpt2 folder                 out: a folder for GPT2LMHeadModel.from_pretrained
+    python train.py --init-from model.safetensors   in: a .safetensors or .bin, or the folder with one
+    python -m lab.gpt2 out/RUN FOLDER               out: a folder for AutoModelForCausalLM and AutoTokenizer
 
 The names are model.py's but for the "transformer." in front, which published files lack; the matrices of
 linear layers are transposed (in, out). A .safetensors is a header's length (8 bytes, little-endian), the
-header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor behind the other.
+header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor behind the other. A tokenizer.json
+writes each byte of a token as a letter, and has the pairs of tokens that merge, in order.
 """
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from cli import Parser, load_tensors, one_line_errors
-from data import Tokenizer
+from data import SPECIALS, Tokenizer
 from sample import load_model
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -66,24 +67,67 @@ def load_gpt2(path):
     return {"model": state, "model_config": {"vocab_size": tok.n_vocab, **shape}, "tokenizer": tok.to_dict()}
 
 
-def save_gpt2(model, folder, eot):
-    """Writes config.json and model.safetensors. Raises ValueError for a model of another architecture."""
+def save_gpt2(model, tok, folder):
+    """Writes a folder that transformers loads: config.json and model.safetensors, see also save_tokenizer.
+
+    Raises ValueError for a model of another architecture."""
     c = model.config
     for name, wanted in (("position", "learned"), ("qk_norm", False), ("token_shift", False), ("bias", True)):
         if getattr(c, name) != wanted:
-            raise ValueError(f"GPT-2 has {name} {wanted}, this model {getattr(c, name)}; train with "
-                             "--preset gpt2, or with --position learned --no-qk-norm --no-token-shift --bias")
+            raise ValueError(f"GPT-2 has {name} {wanted}, this model {getattr(c, name)}; train with --preset "
+                             "toy_gpt2, or with --position learned --no-qk-norm --no-token-shift --bias")
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-              "n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head,
-              "tie_word_embeddings": c.tied,
+              "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+              "n_head": c.n_head, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tied,
               "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
-              "bos_token_id": eot, "eos_token_id": eot}
+              "bos_token_id": tok.eot, "eos_token_id": tok.eot}
     state = {name: w.T if name.endswith(LINEAR) else w for name, w in model.state_dict().items()
              if not (c.tied and name == "lm_head.weight")}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_safetensors(folder / "model.safetensors", state)
+    save_tokenizer(tok, folder, c.block_size)
+
+
+def save_tokenizer(tok, folder, block_size):
+    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json: the ids of tok for any text.
+
+    Names of special tokens in a text become their ids there, unless one asks for split_special_tokens=True.
+    tiktoken merges whichever two neighbours have the joined text of the smallest id, so every way to cut a
+    token into two is a merge here."""
+    names = {getattr(tok, name): f"<{name.upper()}>" for name in SPECIALS}
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
+    others = iter(range(256, 512))
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
+    written = {text: "".join(letters[byte] for byte in text) for text in tok.vocabulary}
+    ranks = {text: i for i, text in enumerate(tok.vocabulary)}
+    merges = []
+    for text in tok.vocabulary:
+        pairs = [(text[:k], text[k:]) for k in range(1, len(text)) if {text[:k], text[k:]} <= ranks.keys()]
+        merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+    as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    whole = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": names[i], "special": True, "single_word": False,
+                          "lstrip": False, "rstrip": False, "normalized": False} for i in tok.specials],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False},
+            as_letters]},
+        "decoder": as_letters,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": True,  # a piece that is a token stays whole, whatever its parts merge to
+                  "vocab": {written[text]: i for text, i in ranks.items()},
+                  "merges": [[written[a], written[b]] for a, b in merges]}}
+    special = {"bos_token": names[tok.eot], "eos_token": names[tok.eot], "mask_token": names[tok.mask],
+               "additional_special_tokens": [names[i] for i in (tok.pre, tok.suf, tok.mid)]}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+              "clean_up_tokenization_spaces": False, **special,
+              "model_input_names": ["input_ids", "attention_mask"]}  # GPT-2 would add token_type_ids up
+    files = {"tokenizer": whole, "tokenizer_config": config, "special_tokens_map": special}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")
 
 
 def read_safetensors(path):
@@ -114,10 +158,10 @@ def write_safetensors(path, tensors):
 def main(arguments=None):
     parser = Parser(description="Writes a run as a folder that Hugging Face's transformers loads.")
     parser.add_argument("ckpt", help="the run's folder")
-    parser.add_argument("folder", help="where to write config.json and model.safetensors")
+    parser.add_argument("folder", help="where to write weights and vocabulary")
     args = parser.parse_args(arguments)
     model, tok, _ = load_model(args.ckpt)
-    save_gpt2(model, args.folder, tok.eot)
+    save_gpt2(model, tok, args.folder)
     print(f"written: {args.folder}")
 
 

@@ -3,6 +3,8 @@ alone."""
 import importlib.util
 import json
 import math
+import random
+import re
 import struct
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 
 import train
 from cli import load_checkpoint
-from data import Tokenizer
+from data import SPECIALS, Tokenizer
 from lab import gpt2
-from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, write_safetensors
+from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, save_tokenizer, write_safetensors
 from model import GPT, GPTConfig
+from sample import infill
 
 V, T, C, L, H = 257, 32, 48, 3, 4
 
@@ -137,7 +140,7 @@ def test_other_files_are_refused_in_one_sentence(name, content, message, tmp_pat
 
 def test_weights_go_out_as_they_came_in(published, tmp_path):
     start = load_gpt2(write(published, tmp_path, "bin"))
-    save_gpt2(build(start), tmp_path / "out", 256)
+    save_gpt2(build(start), Tokenizer.bytes(), tmp_path / "out")
     again = read_safetensors(tmp_path / "out/model.safetensors")
     published = {name: w for name, w in published.items() if ".attn.bias" not in name}
     assert {name.removeprefix("transformer."): w.shape for name, w in again.items() if "wte" not in name} == {
@@ -146,14 +149,82 @@ def test_weights_go_out_as_they_came_in(published, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["n_head"] == H
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs the transformers package")
-def test_transformers_gives_the_same_logits(published, tmp_path):
+def test_a_tokenizer_json_worked_by_hand(tmp_path):
+    """Every way to cut a token in two is a merge, in the order of the joined token, then of the left part."""
+    tok = Tokenizer([*(bytes([i]) for i in range(256)), b"bc", b" a", b"abc", b" abc"])
+    save_tokenizer(tok, tmp_path, 16)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert whole["model"]["merges"] == [["b", "c"], ["Ġ", "a"], ["a", "bc"], ["Ġ", "abc"], ["Ġa", "bc"]]
+    vocab = whole["model"]["vocab"]
+    assert len(vocab) == 260 and [vocab[text] for text in ("Ċ", "Ġ", "!", "Ġabc")] == [10, 32, 33, 259]
+    added = [(token["id"], token["content"]) for token in whole["added_tokens"]]
+    assert added == [(260, "<EOT>"), (261, "<PRE>"), (262, "<SUF>"), (263, "<MID>"), (264, "<MASK>")]
+
+
+needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transformers"),
+                                        reason="needs the transformers package")
+
+
+@needs_transformers
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_gives_the_same_logits(tied, published, tmp_path):
     import transformers
-    model, idx = build(load_gpt2(write(published, tmp_path, "bin"))), torch.randint(V, (2, 20))
-    save_gpt2(model, tmp_path / "out", 256)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    start = load_gpt2(write(published, tmp_path, "bin"))
+    start["model_config"]["tied"] = tied
+    if not tied:
+        start["model"]["lm_head.weight"] = torch.randn_like(start["model"]["lm_head.weight"])
+    model, idx = build(start), torch.randint(V, (2, 20))
+    save_gpt2(model, Tokenizer.bytes(), tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
+
+
+def random_strings(n):
+    """Code, languages, emoji, spaces, control characters, sentinels' names, and any character at all."""
+    rng = random.Random(1)
+    parts = ["def f(x):\n    return x_1", "self.", "    ", "\t", "\r\n", "\n\n", " ", "\u3000", "'s", "don't",
+             "1234567", "Größe", "naïve", "Ελλάδα", "привет", "שלום", "مرحبا", "नमस्ते", "สวัสดี", "你好",
+             "こんにちは", "한국어", "🚀", "👩‍👩‍👧‍👦", "🏳️‍🌈", "é", "Ⅷ", "②", "\0", "\x7f", "\u200d", "\ufeff",
+             "_", "__", "-->", "!?", "<EOT>", "<PRE>", "<SUF>", "<MID>", "<MASK>", "<|endoftext|>", "<"]
+    for _ in range(n):
+        yield "".join(rng.choice(parts) if rng.random() < 0.8 else
+                      chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))))
+                      for _ in range(rng.randrange(12)))
+
+
+@needs_transformers
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_transformers_gives_the_same_ids_and_text(kind, tok, tmp_path):
+    import transformers
+    ours = tok if kind == "bpe" else Tokenizer.bytes()
+    save_tokenizer(ours, tmp_path, 64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    names = {f"<{name.upper()}>": getattr(ours, name) for name in SPECIALS}
+    for text in random_strings(10_000):
+        ids = ours.encode(text)
+        assert theirs(text, split_special_tokens=True).input_ids == ids, text
+        assert theirs.decode(ids) == text
+        parts = re.split(f"({'|'.join(names)})", text)
+        with_names = [i for part in parts for i in ([names[part]] if part in names else ours.encode(part))]
+        assert theirs(text).input_ids == with_names, text
+
+
+@needs_transformers
+def test_a_pipeline_fills_a_hole_as_we_do(tok, tmp_path):
+    import transformers
+    torch.manual_seed(2)
+    model = GPT(GPTConfig(tok.n_vocab, 64, position="learned", qk_norm=False, token_shift=False, bias=True,
+                          gelu="tanh")).eval()
+    for weights in model.parameters():
+        torch.nn.init.normal_(weights, std=0.2)  # with these, the twelve tokens are of several kinds
+    save_gpt2(model, tok, tmp_path)
+    pipeline = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
+    ours, = infill(model, tok, "def mean(", "):\n", max_new_tokens=12, order="psm")
+    theirs = pipeline("<PRE>def mean(<SUF>):\n<MID>", max_new_tokens=12, do_sample=False,
+                      return_full_text=False)
+    assert len(set(ours.text)) > 3 and theirs[0]["generated_text"] == ours.text
 
 
 def test_what_gpt2_does_not_cover_is_refused(tmp_path, monkeypatch, capsys):
