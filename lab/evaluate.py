@@ -298,22 +298,26 @@ def choose(scores, label):
     return is_best[label] / is_best.sum()
 
 
-def multidoc(model, tok, documents):
+def multidoc(model, tok, documents, samples=None):
     """Questions of Lost in the Middle's files: right if the first line of the answer contains one of the true
     ones, as in its authors' script (MEAP paper: better with 10 and 20 documents).
 
-    An example that the context does not hold is left out; "fits the context" is the share of the others."""
+    An example that the context does not hold is left out; "fits the context" is the share of the others.
+    samples: a list that gets {"answers": the true ones, "model_answer"}."""
     max_new_tokens = min(100, model.config.block_size // 4)
     kept = []
     for prompt, truths, n_documents, position in documents:
         ids = tok.encode(prompt)
         if len(ids) + max_new_tokens <= model.config.block_size:
             kept.append((ids, truths, (n_documents, position)))
-    samples = continuations(model, tok, [ids for ids, _, _ in kept], max_new_tokens, desc="multidoc")
+    drawn = continuations(model, tok, [ids for ids, _, _ in kept], max_new_tokens, desc="multidoc")
     is_right = []
-    for ((ids, _),), (_, truths, _) in zip(samples, kept):
-        answer = plain_words(tok.decode(ids).split("\n")[0])
+    for ((ids, _),), (_, truths, _) in zip(drawn, kept):
+        text = tok.decode(ids)
+        answer = plain_words(text.split("\n")[0])
         is_right.append(any(plain_words(truth) in answer for truth in truths))
+        if samples is not None:
+            samples.append({"answers": truths, "model_answer": text})
     return {"fits the context": figure(np.arange(len(documents)) < len(kept)), "right": figure(is_right),
             **{f"{k} documents, answer at {position}": f
                for (k, position), f in figures_by([cell for _, _, cell in kept], is_right).items()}}
@@ -391,7 +395,8 @@ TASKS = {
         model, tok, records_prompts(model.config.block_size, tok, a.limit, a.seed), "records"),
     "multineedle": lambda model, tok, a: recall(
         model, tok, multineedle_prompts(model.config.block_size, tok, a.stream, a.limit, a.seed), "needles"),
-    "multidoc": lambda model, tok, a: multidoc(model, tok, a.documents) if a.documents else {},
+    "multidoc": lambda model, tok, a: multidoc(
+        model, tok, a.documents, a.answered) if a.documents else {},
     "choice": lambda model, tok, a: choice(model, tok, docstring_questions(a.stream, tok, a.limit, a.seed)),
     "answers": lambda model, tok, a: answers(
         model, tok, encode_pairs(load_pairs(a.pairs)[1], tok), a.is_fine_tuned, a.limit, a.folder),
@@ -466,7 +471,7 @@ def main(arguments=None):
         _, _, args.stream = prepare(args.data, cache_dir=args.cache_dir, tok=tok)
         args.orders = trained_orders(config["knobs"])
         args.orders = asked if asked and args.orders else args.orders
-        args.spm_layout, args.samples = config["knobs"].get("spm_layout"), []
+        args.spm_layout, args.samples, args.answered = config["knobs"].get("spm_layout"), [], []
         args.reference = reference[0] if reference and reference[1] == tok.to_dict() else None
         if not results and not config["knobs"].get("mask_ratio"):
             reference = model, tok.to_dict()
@@ -475,10 +480,14 @@ def main(arguments=None):
             name += "'"
         objectives[name] = config["objective"]
         results[name] = {task: TASKS[task](model, tok, args) for task in args.tasks}
-        for order in args.orders if args.samples else ():  # the form that the benchmarks' own harness scores
-            (out / f"samples-{name}-{order}.jsonl").write_text("".join(
-                json.dumps({"task_id": s["task_id"], "completion": s["completion"]}) + "\n"
-                for s in args.samples if s["order"] == order))
+        files = {f"answers-{name}": args.answered}  # in the forms that the benchmarks' own scripts score
+        for order in args.orders:
+            files[f"samples-{name}-{order}"] = [
+                {"task_id": s["task_id"], "completion": s["completion"]}
+                for s in args.samples if s["order"] == order]
+        for file, lines in files.items():
+            if lines:
+                (out / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     print(table(pool(results, objectives) if args.pool else results))
     settings = {name: getattr(args, name) for name in ("data", "limit", "seed", "n", "temperature")}
     (out / "results.json").write_text(json.dumps(settings | {"results": results}, indent=1))

@@ -335,8 +335,10 @@ def test_lost_in_the_middle_is_prompted_and_judged_as_by_its_authors(answer, is_
               "Question: Who?\nAnswer:")
     assert documents[0] == (prompt, ["The Smith."], 2, 2)
     oracle = Oracle(tok, [(tok.encode(prompt), [*tok.encode(answer), tok.eot])])
-    assert means(evaluate.multidoc(oracle, tok, documents)) == {
+    samples = []
+    assert means(evaluate.multidoc(oracle, tok, documents, samples)) == {
         "fits the context": 0.5, "right": is_right, "2 documents, answer at 2": is_right}
+    assert samples == [{"answers": ["The Smith."], "model_answer": answer}]
 
 
 DOCUMENT = {"question": "q", "answers": ["a"], "ctxs": [{"text": "t"}]}

@@ -3,8 +3,9 @@
     git clone https://github.com/ggml-org/llama.vim
     python tests/lab/try_vim.py llama.vim out/fim_spm
 
-A suggestion appears while one types, Tab takes it, and the file holds it. It needs Vim 9 or Neovim, tmux and
-curl, and prints what is missing. pytest does not run it.
+A suggestion appears while one types, Tab takes it, and the file holds it. It needs Vim 9 (or a newer Neovim
+than Debian's 0.7, which lacks a function that the plugin calls), tmux and curl, and prints what is missing.
+pytest does not run it.
 """
 import re
 import shutil
@@ -81,7 +82,7 @@ def main(plugin, run, editor):
 
 
 if __name__ == "__main__":
-    editor = shutil.which("nvim") or shutil.which("vim")
+    editor = shutil.which("vim") or shutil.which("nvim")
     missing = [name for name in ("tmux", "curl") if not shutil.which(name)]
     if len(sys.argv) != 3:
         sys.exit(__doc__)
