@@ -166,6 +166,7 @@ def stopping(model, tok, stream, order="spm", spm_layout="joint", limit=200, n=8
     for kind, holes, longest in (("line", line_holes, n_line), ("span", span_holes, n_prefix)):
         of_kind = filled(model, tok, holes, order, spm_layout, longest + int(8 * scale), n, seed)
         of_kind |= eot_probabilities(model, tok, holes, order, spm_layout)
+        of_kind |= lookahead(model, tok, holes, seed)
         figures |= {f"{kind}: {name}": f for name, f in of_kind.items()}
     return figures
 
@@ -215,6 +216,20 @@ def eot_probabilities(model, tok, holes, order, spm_layout):
             "P(<EOT>) at the true end before another hole's suffix": figure([each[-1] for each in p_another]),
             "P(<EOT>) at the true end before the suffix a line later": figure(
                 [each[-1] for each, suffix in zip(p_moved_on, moved_on) if suffix])}
+
+
+def lookahead(model, tok, holes, seed, n=2):
+    """Whether the same model, left to right, would know where a middle joins its suffix: the probability that
+    the suffix's first n tokens come next, at the middle's true end and at one place elsewhere in it; and at
+    the true end those of another hole's suffix."""
+    rng, pairs = np.random.default_rng(seed), []
+    for (prefix, middle, suffix), (_, _, another) in zip(holes, holes[1:] + holes[:1]):
+        before_end = prefix + middle[:rng.integers(len(middle))]
+        pairs += [([tok.eot, *prefix, *middle], suffix[:n]), ([tok.eot, *before_end], suffix[:n]),
+                  ([tok.eot, *prefix, *middle], another[:n])]
+    p = np.array([np.exp(s.log_p.sum()) for s in score(model, pairs, desc="stopping, lookahead")])
+    names = ("at the true end", "elsewhere in the middle", "of another hole at the true end")
+    return {f"P(the suffix's first {n} tokens) {name}": figure(p[i::3]) for i, name in enumerate(names)}
 
 
 def infill(model, tok, problems, orders=("spm",), spm_layout="joint", n=1, temperature=0.0, seed=1,

@@ -175,12 +175,23 @@ def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, 
         assert figures.pop(f"{kind}: P(<EOT>) elsewhere in the middle") < 1e-9
         for control in ("another hole's suffix", "the suffix a line later"):  # holes that it does not know
             assert figures.pop(f"{kind}: P(<EOT>) at the true end before {control}") < 0.01
+        for where in ("at the true end", "elsewhere in the middle", "of another hole at the true end"):
+            assert figures.pop(f"{kind}: P(the suffix's first 2 tokens) {where}") < 0.01  # it knows infills only
     assert len(figures) == 14 and all(value == pytest.approx(1) for value in figures.values())
     figures = means(evaluate.stopping(Oracle(tok), tok, stream, limit=6, n=2))
     for name in ("true end", "true end before another hole's suffix"):
         assert figures[f"span: P(<EOT>) at the {name}"] == pytest.approx(1 / tok.n_vocab)
     assert figures["line: P(<EOT>) elsewhere in the middle"] == pytest.approx(1 / tok.n_vocab)
     assert figures["line: greedy ends in <EOT>"] == figures["span: best of 2 exact match"] == 0
+
+
+def test_a_look_two_tokens_ahead_finds_where_a_middle_joins_its_suffix(tok, stream):
+    holes = tasks.single_line_holes(stream, tok, 6, 1)
+    knows = Oracle(tok, [([tok.eot, *prefix, *middle], suffix[:2]) for prefix, middle, suffix in holes])
+    right, *wrong = means(evaluate.lookahead(knows, tok, holes, 1)).values()
+    assert right == pytest.approx(1) and max(wrong) < 1e-4
+    for value in means(evaluate.lookahead(Oracle(tok), tok, holes, 1)).values():
+        assert value == pytest.approx(tok.n_vocab ** -2)
 
 
 PROMPTS = {"needle": lambda tok, stream: tasks.needle_prompts(512, tok, stream, 20, 3),
