@@ -161,9 +161,10 @@ def learn_bpe(counts, n):
 
     counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most
     frequent pair of neighbours (ties: the smaller ids), from left to right in each piece, into one id, whose
-    entry is the joined bytes of both. Pair counts are updated where a merge changes a word.
-    A heap holds (-count, pair); an entry popped with an outdated count is pushed back with the true one.
-    """
+    entry is the joined bytes of both. A pair counts wherever it stands, overlapping or not: twice in b"aaa".
+
+    For speed, pair counts are updated where a merge changes a word, and a heap holds (-count, pair); an entry
+    popped with an outdated count is pushed back with the true one."""
     words, frequency = [list(piece) for piece in counts], list(counts.values())
     vocabulary = [bytes([i]) for i in range(256)]
     pair_count, words_with = Counter(), defaultdict(set)

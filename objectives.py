@@ -34,7 +34,8 @@ def ntp(ids, tok, rng):
 def mask(inputs, ratio, tok, rng):
     """inputs (T,) -> a copy with exactly int(T * ratio) ordinary tokens, drawn uniformly, replaced by <MASK>.
 
-    Special tokens are never masked. With fewer ordinary tokens than int(T * ratio), each one is masked."""
+    Special tokens are never masked. With fewer ordinary tokens than int(T * ratio), each one is masked.
+    Raises ValueError for a ratio outside 0 to 1."""
     check_range("mask_ratio", ratio, 0, 1)
     ordinary = np.flatnonzero(~np.isin(inputs, tok.specials))
     masked = inputs.copy()
@@ -49,7 +50,9 @@ def meap(ids, tok, rng, *, mask_ratio=0.15):
 
 
 def fim_prompt(prefix, suffix, tok, order="psm", spm_layout="swapped"):
-    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3)."""
+    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3).
+
+    Raises ValueError for another order or layout."""
     check_choice("order", order, ORDERS)
     check_choice("spm_layout", spm_layout, SPM_LAYOUTS)
     if order == "psm":
@@ -70,7 +73,8 @@ def split(text, rng, span="char"):
     """A str or a list of ids (to cut between tokens) -> (prefix, middle, suffix), cut at two places, each
     uniform over all len(text) + 1.
 
-    Any part may be empty (FIM, section 3). span "line" cuts only at line starts and the end (section 4.5)."""
+    Any part may be empty (FIM, section 3). span "line" cuts only at line starts and the end, each of them one
+    place (section 4.5)."""
     places = range(len(text) + 1)
     if span == "line":
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
@@ -83,7 +87,8 @@ def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="
     example with probability fim_rate, in SPM order with probability spm_rate. Loss is on every token.
 
     span: where to cut: char, token or line. short_documents: 0, or N: first cut each document into shorter
-    ones of at most N tokens, so that a short training sees enough examples (not in the paper)."""
+    ones of at most N tokens, so that a short training sees enough examples (not in the paper). Bad knobs, see
+    check_fim, raise ValueError."""
     check_fim(fim_rate, spm_rate, spm_layout, span)
     row = np.array(ids)
     for start, end in fragments(ids, tok, rng, short_documents):
@@ -180,7 +185,8 @@ def fim_fragment(ids, tok, rng, order, spm_layout, span):
     """The ids of a fragment (a list) -> the FIM example that takes its place, exactly as long.
 
     The surplus (sentinels, <EOT>, parts that encode longer) is cut from the end of the suffix, then from the
-    start of the prefix, never from the middle or <EOT>. Where that cannot fit, the fragment stays plain."""
+    start of the prefix, never from the middle or <EOT>. Where that cannot fit, or parts encode so short that
+    the example would be shorter, the fragment stays plain."""
     head, (prefix, middle, suffix), tail = cut_fragment(ids, tok, rng, span)
     room = len(ids) - len(head) - len(tail) - 4  # three sentinels and <EOT>
     surplus = len(prefix) + len(middle) + len(suffix) - room

@@ -161,10 +161,11 @@ def infill(model, tok, prefix, suffix, n=1, max_new_tokens=64, order="spm", spm_
 def infill_prompt(model, tok, prefix, suffix, max_new_tokens, order, spm_layout, warn=None):
     """Two texts -> the prompt's ids, laid out as in training, with room for max_new_tokens behind them.
 
-    Text that does not fit is trimmed, the prefix on its left and the suffix on its right: the suffix gets a
-    third of the room, the prefix the rest, and either takes what the other does not need. warn is then called
-    with a sentence about it: "... the last 30 of 200 tokens of the prefix and the first 15 of 90 of the
-    suffix". Raises ValueError where there is no room for text."""
+    Text that does not fit the room, block_size less three sentinels and max_new_tokens, is trimmed, the
+    prefix on its left and the suffix on its right: the suffix gets a third of the room (rounded down), the
+    prefix the rest, and either takes what the other does not need. warn is then called with a sentence about
+    both: "... the last 30 of 200 tokens of the prefix and the first 15 of 90 of the suffix". Raises
+    ValueError where there is no room for text."""
     prefix, suffix = tok.encode(prefix), tok.encode(suffix)
     block_size = model.config.block_size
     room = block_size - 3 - max_new_tokens                                      # for text, beside 3 sentinels

@@ -89,8 +89,9 @@ class Markov:
         """The best possible prediction of a middle, by Bayes' rule: (len(middle) + 1, n + 1), the probability
         of each next letter and, in the last column, of <EOT>, once 0, 1, ... letters of it are written.
 
-        before: the prefix's last letter; after: the suffix's first; prior (L,): w_l, the probability that a
-        middle has l letters. With a the last letter written, n letters written and s = after,
+        Texts: before, the prefix's last letter; middle; after, the suffix's first letter. prior (L,): w_l,
+        the probability that a middle has l letters, up to a factor; 0 from L on. With a the last letter
+        written, n letters written and s = after,
 
             P(<EOT>) = w_n P[a, s] / Z,      P(x) = sum over l > n of w_l P[a, x] (P^(l-n))[x, s] / Z,
             Z = sum over l >= n of w_l (P^(l-n+1))[a, s]

@@ -88,13 +88,15 @@ LABS = {
     1: Lab("attention", ("model.py",), [
         Task("model.causal_mask", 1, {
             "test_model.py::test_the_mask_worked_by_hand[no_cache]":
-                "your mask lets position i see i + 1, or hides i itself; write it down for T = S = 3",
+                "your mask lets position i see i + 1, hides i itself, holds NaN (-inf * 0) or lacks like's "
+                "dtype; write it down for T = S = 3",
             "test_model.py::test_the_mask_worked_by_hand[cache]":
                 "with a cache, the T queries are the last of S positions: the diagonal moves by S - T"},
             "GPT-2's decoder: Vaswani et al., 2017, section 3.2.3"),
         Task("model.causal_attention", 2, {
             "test_model.py::test_attention_worked_by_hand":
-                "a query's weights are a softmax over the keys, the last axis, of scores plus the mask",
+                "a query's weights are a softmax over the keys, the last axis, of scores plus the mask; "
+                "those returned are without dropout",
             "test_model.py::test_attention_and_its_gradients_are_those_of_torch":
                 "the scores are divided by sqrt(D), where D is the size of a head, not n_embd"},
             "Vaswani et al., 2017, section 3.2.1, equation 1", ("model.causal_mask",)),
@@ -106,17 +108,19 @@ LABS = {
     2: Lab("tokens", ("data.py",), [
         Task("data.learn_bpe", 3, {
             "test_data.py::test_merges_worked_by_hand":
-                "a pair counts once for each of its places in a word, times the word's frequency",
+                "a pair counts once for each of its places in a word, times the word's frequency; merge from "
+                "left to right; where no pair is left, the vocabulary ends",
             "test_data.py::test_learn_bpe_merges_what_a_full_recount_would":
-                "a merge changes the pairs on both of its sides, whose counts may rise or fall; of two pairs "
-                "with one count, that with the smaller ids comes first"},
+                "count all pairs anew after each merge and compare: a merge changes the pairs on both of its "
+                "sides, whose counts rise or fall; of two pairs with one count the smaller ids come first"},
             "Sennrich et al., 2016, section 3.2")],
         Mark("bytes a token on the standard library, vocabulary 2,048", "bytes_a_token", BYTES_A_TOKEN,
              seconds=120)),
     3: Lab("MEAP", ("objectives.py",), [
         Task("objectives.mask", 1, {
             "test_objectives.py::test_a_mask_has_its_exact_size_and_falls_anywhere":
-                "int(T * ratio) tokens are masked, T the length of inputs, at places drawn anew with rng",
+                "int(T * ratio) tokens are masked (all ordinary ones, if they are fewer), T the length of "
+                "inputs, at places drawn anew with rng",
             "test_objectives.py::test_masking_spares_special_tokens_even_where_few_others_are_left":
                 "a special token is never masked; the argument stays as it was: targets share its memory"},
             "the MEAP paper, arXiv 2502.07490, section 3"),
@@ -125,29 +129,43 @@ LABS = {
             "[99-0.15-meap-ntp]":
                 "inputs are masked; targets are not: all are the true next tokens, and all count in the loss",
             "test_objectives.py::test_at_rate_0_all_are_next_token_prediction[meap-knobs0]":
-                "with mask_ratio 0 a row of meap is a row of ntp, id for id"},
+                "with mask_ratio 0 a row of meap is a row of ntp, id for id",
+            "test_objectives.py::test_a_refused_knob_is_named_with_what_is_expected"
+            "[meap-mask_ratio-1.5-0 to 1]":
+                "a ratio outside 0 to 1 raises ValueError: check_range in mask"},
             "the MEAP paper, arXiv 2502.07490, section 3", ("objectives.mask",))],
         Mark("share of the questions of `records` that are answered", "recall", RECALL)),
     4: Lab("FIM", ("objectives.py",), [
         Task("objectives.fim_prompt", 1, {
             "test_objectives.py::test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins":
-                "compare your layouts, token by token, with the four at the top of objectives.py"},
+                "compare your layouts, token by token, with the four at the top of objectives.py",
+            "test_objectives.py::test_a_refused_knob_is_named_with_what_is_expected"
+            "[fim_prompt-spm_layout-jont-one of swapped]":
+                "another order or layout raises ValueError: check_choice"},
             "the FIM paper, arXiv 2207.14255, section 3 and appendix D"),
         Task("objectives.split", 1, {
             "test_objectives.py::test_the_two_cuts_are_uniform_and_any_part_may_be_empty":
                 "n characters have n + 1 places to cut, and the two cuts may fall on the same one",
             "test_objectives.py::test_cuts_at_lines_worked_by_hand":
-                "with span line, the places are the start of each line and the end of the text"},
+                "with span line, the places are the start of each line and the end of the text, each once"},
             "the FIM paper, arXiv 2207.14255, sections 3 and 4.5"),
         Task("objectives.fim_fragment", 2, {
             "test_objectives.py::test_a_fragment_worked_by_hand":
                 "the example must be as long as the fragment: the surplus comes off the end of the suffix, "
-                "then off the start of the prefix, never off the middle or <EOT>"},
+                "then off the start of the prefix, never off the middle or <EOT>",
+            "test_objectives.py::test_a_window_cut_inside_a_character_invents_none[languages-char]":
+                "head and tail of cut_fragment stay where they are, before and behind the example",
+            "test_objectives.py::"
+            "test_a_document_whose_parts_encode_to_too_few_tokens_to_fill_its_place_stays_plain":
+                "parts may also encode shorter: an example that would be too short stays plain"},
             "docs/exercises.md, lab 4; the FIM paper, section 4.4",
             ("objectives.fim_prompt", "objectives.split")),
         Task("objectives.fim", 1, {
             "test_objectives.py::test_at_rate_0_all_are_next_token_prediction[fim-knobs4]":
-                "with fim_rate 0 a row of fim is a row of ntp, id for id",
+                "with fim_rate 0 a row of fim is a row of ntp, id for id; the argument ids stays as it was",
+            "test_objectives.py::test_a_refused_knob_is_named_with_what_is_expected"
+            "[fim-spm_layout-swapped-joint or labelled with spm_rate 0.5]":
+                "fim begins with check_fim",
             "test_objectives.py::test_an_example_that_closes_a_document_ends_in_that_documents_eot[0]":
                 "each document in the window becomes an example of its own, and keeps its <EOT>",
             "test_objectives.py::test_each_document_has_its_own_coin_for_fim_and_each_example_for_its_order"
@@ -175,16 +193,18 @@ LABS = {
         Task("sample.infill_prompt", 1, {
             "test_sample.py::test_a_long_prompt_keeps_the_text_around_the_hole":
                 "three sentinels and max_new_tokens need room; what goes is the text far from the hole, and "
-                "neither side may push the other out"},
+                "neither side may push the other out; then alone warn says 'last 3 of 5 ... first 2 of 9'"},
             "docs/usage.md, sampling and infilling"),
         Task("sample.PromptCache.cut_back_to", 1, {
             "test_sample.py::test_a_prompt_cache_keeps_what_two_prompts_both_begin_with":
                 "keys and values can be reused up to the first token that differs; the last token is always "
-                "computed again, since its logits are needed; length is what a KVCache goes by"},
+                "computed again, since its logits are needed; length is what a KVCache goes by, and ids "
+                "becomes the new prompt"},
             "the FIM paper, arXiv 2207.14255, section 3.1"),
         Task("sample.best_first", 1, {
             "test_sample.py::test_samples_that_end_in_eot_come_first_then_the_likelier":
-                "a sample without <EOT> did not join the suffix: it comes after all that did"},
+                "a sample without <EOT> did not join the suffix: it comes after all that did; within both "
+                "groups the likelier first; ended is STOPPED or NOT_STOPPED"},
             "the FIM paper, arXiv 2207.14255, appendix H.3")],
         Mark("typing in SPM order: the share of the prompts' tokens that is reused, the output being equal",
              "reused", REUSED)),
@@ -324,7 +344,7 @@ def judge_tasks(copy, tasks):
                                  if (error := first_error(test, report))), None)
         wrong = [name for name in task.needs if found.get(name)]
         if found[task.name] and wrong:
-            found[task.name] += f"; this needs {' and '.join(wrong)}: write that first"
+            found[task.name] += f"; this needs {' and '.join(wrong)}: make that pass first"
     return found
 
 
@@ -394,7 +414,7 @@ def sentence(task, error, look_at):
         return error
     if error.startswith(("AssertionError", "assert ", "Failed")):
         return look_at
-    return f"{error[:250]}; to look at: {look_at}"
+    return error[:250] if task.name == FLAGS_FILE else f"{error[:250]}; to look at: {look_at}"
 
 
 def judge_mark(number, copy, out):
@@ -492,6 +512,8 @@ def own_arm():
     for word in words:
         if word.startswith("--") and word.partition("=")[0] not in allowed:
             raise ValueError(f"{FLAGS_FILE}: {word}, expected only {', '.join(sorted(allowed))}")
+    if not words:
+        raise ValueError(f"{FLAGS_FILE} names no flags: expected --objective and its knobs")
     plain = claims.markov("ntp")
     return plain._replace(flags=f"{plain.flags} {' '.join(words)}")  # of a flag given twice, the last counts
 

@@ -30,6 +30,7 @@ def test_attention_worked_by_hand():
     e = math.e
     assert weights.flatten().tolist() == pytest.approx([1, 0, 1 / (1 + e), e / (1 + e)])
     assert output.flatten().tolist() == pytest.approx([10, (10 + 20 * e) / (1 + e)])
+    assert torch.equal(causal_attention(q, k, v, dropout=0.999)[1], weights)
 
 
 @pytest.mark.parametrize("S, rows", [(3, ["0--", "00-", "000"]), (5, ["000--", "0000-", "00000"])],

@@ -235,6 +235,11 @@ def test_cuts_at_lines_worked_by_hand():
     assert drawn == {tuple(parts.split("|")) for parts in (
         "||ab\n\ncd", "|ab\n|\ncd", "|ab\n\n|cd", "|ab\n\ncd|", "ab\n||\ncd", "ab\n|\n|cd", "ab\n|\ncd|",
         "ab\n\n||cd", "ab\n\n|cd|", "ab\n\ncd||")}
+    n, counts = 4500, Counter(split("a\nb\n", rng, "line") for _ in range(4500))  # three places, each once
+    pairs = [("", "a\nb\n"), ("a\n", "b\n"), ("a\nb\n", "")]
+    expected = {(a, z[:len(z) - len(y)], y): n / 9 * (2 - (i == j))
+                for i, (a, z) in enumerate(pairs) for j, (_, y) in enumerate(pairs) if i <= j}
+    assert counts.keys() == expected.keys() and is_chi_square([(counts[c], expected[c]) for c in expected])
 
 
 @pytest.mark.parametrize("ends", [True, False])

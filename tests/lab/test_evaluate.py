@@ -176,7 +176,7 @@ def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, 
         for control in ("another hole's suffix", "the suffix a line later"):  # holes that it does not know
             assert figures.pop(f"{kind}: P(<EOT>) at the true end before {control}") < 0.01
         for where in ("at the true end", "elsewhere in the middle", "of another hole at the true end"):
-            assert figures.pop(f"{kind}: P(the suffix's first 2 tokens) {where}") < 0.01  # it knows infills only
+            assert figures.pop(f"{kind}: P(the suffix's first 2 tokens) {where}") < 0.01  # it only infills
     assert len(figures) == 14 and all(value == pytest.approx(1) for value in figures.values())
     figures = means(evaluate.stopping(Oracle(tok), tok, stream, limit=6, n=2))
     for name in ("true end", "true end before another hole's suffix"):
