@@ -2,6 +2,7 @@
 fails its task and is told why; and what a student's file may do to the process that grades it."""
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,9 +115,7 @@ def project(tmp_path_factory):
 def empty(project):
     """What is found in folders where all functions are empty: of lab 2, without which tests of the other labs
     have no tokenizer, and of the others."""
-    found = {}
-    for numbers in ([2], [1, 3, 4, 5, 6]):
-        folder = project()
+    def grade(numbers, folder):
         for number, task in ((number, task) for number in numbers for task in LABS[number].tasks):
             if task.name == FLAGS_FILE:
                 (folder / FLAGS_FILE).write_text("# nothing yet\n")
@@ -124,8 +123,11 @@ def empty(project):
                 file, path = course.function_of(task)
                 text = (folder / file).read_text("utf-8")
                 (folder / file).write_text(course.blank(text, path, number), "utf-8")
-        found |= course.judge_tasks(folder, [task for number in numbers for task in LABS[number].tasks])
-    return found
+        return course.judge_tasks(folder, [task for number in numbers for task in LABS[number].tasks])
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(grade, ([2], [1, 3, 4, 5, 6]), [project(), project()])
+    return first | second
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +137,14 @@ def untouched(project):
 
 @pytest.fixture(scope="module")
 def graded(project):
-    """graded(number of a round) -> what is found."""
-    found = {}
+    """What is found in each of ROUNDS."""
+    def grade(part, folder):
+        for wrong in part:
+            spoil(folder, wrong)
+        return course.judge_tasks(folder, [TASKS[wrong.task] for wrong in part])
 
-    def of_round(number):
-        if number not in found:
-            folder = project()
-            for wrong in ROUNDS[number]:
-                spoil(folder, wrong)
-            found[number] = course.judge_tasks(folder, [TASKS[wrong.task] for wrong in ROUNDS[number]])
-        return found[number]
-    return of_round
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(grade, ROUNDS, [project() for _ in ROUNDS]))
 
 
 def spoil(folder, wrong):
@@ -178,7 +177,7 @@ def test_every_task_passes_in_the_project_as_it_is(untouched, task):
 def test_a_wrong_solution_fails_its_task_and_is_told_why(graded, number, wrong):
     others = {other.task for other in ROUNDS[number]}
     assert not others & set(TASKS[wrong.task].needs), "it must fail by its own mistake"
-    assert wrong.told in graded(number)[wrong.task]
+    assert wrong.told in graded[number][wrong.task]
 
 
 def test_every_task_has_a_wrong_solution_and_every_lab_two():
