@@ -4,9 +4,9 @@ transformers gives them.
     python train.py --init-from model.safetensors   in: a .safetensors or .bin, or the folder with one
     python -m lab.gpt2 out/RUN FOLDER               out: a folder for AutoModelForCausalLM and AutoTokenizer
 
-The names are model.py's but for the "transformer." in front, which published files lack; the matrices of
-linear layers are transposed (in, out). A .safetensors is a header's length (8 bytes, little-endian), the
-header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor behind the other. A tokenizer.json
+The names are those of model.py, but published files lack the "transformer." in front; the matrices of linear
+layers are transposed (in, out). A .safetensors file holds the header's length (8 bytes, little-endian), the
+header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor after the other. A tokenizer.json
 writes each byte of a token as a letter, and has the pairs of tokens that merge, in order.
 """
 import json

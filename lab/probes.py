@@ -1,8 +1,8 @@
 """What claims.py measures on the corpora of corpora.py, during training and at its end.
 
 Each probe is a function (model, tok, knobs, is_last) -> {name: number, or a list for a figure}; knobs are
-those of the objective. Training draws documents with seed 0, probes with other seeds. A name that begins with
-bayes_ is the exact answer to the question of the name without it. Bits are bits a letter, of stdlib a byte.
+those of the objective. Training draws documents with seed 0, probes with other seeds. The figure bayes_X
+is the exact value of the figure X. Bits are bits a letter, on stdlib bits a byte.
 """
 import math
 from collections import defaultdict
