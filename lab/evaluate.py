@@ -221,8 +221,9 @@ def eot_probabilities(model, tok, holes, order, spm_layout):
 def lookahead(model, tok, holes, seed, n=2):
     """Whether the same model, left to right, would know where a middle joins its suffix: the probability that
     the suffix's first n tokens come next, at the middle's true end and at one place elsewhere in it; and at
-    the true end those of another hole's suffix."""
+    the true end those of another hole's suffix. Holes with a shorter suffix are left out."""
     rng, pairs = np.random.default_rng(seed), []
+    holes = [hole for hole in holes if len(hole[2]) >= n]
     for (prefix, middle, suffix), (_, _, another) in zip(holes, holes[1:] + holes[:1]):
         before_end = prefix + middle[:rng.integers(len(middle))]
         pairs += [([tok.eot, *prefix, *middle], suffix[:n]), ([tok.eot, *before_end], suffix[:n]),

@@ -16,6 +16,7 @@ import data
 import objectives
 import sample
 import train
+from cli import one_line_errors
 from data import Tokenizer
 from lab import course
 from lab.corpora import documents
@@ -224,6 +225,15 @@ def test_a_lab_is_the_project_with_empty_functions(tmp_path, capsys):
         assert theirs.body[0].value.value == ours.body[0].value.value and len(theirs.body) == 2
         assert [arg.arg for arg in theirs.args.args] == [arg.arg for arg in ours.args.args]
     assert (folder / "docs" / "exercises.md").exists() and (folder / "tests" / "test_sample.py").exists()
+
+
+def test_a_function_that_is_not_written_yet_is_one_line(capsys):
+    def main(arguments):
+        raise NotImplementedError("lab 3: meap")
+
+    with pytest.raises(SystemExit) as stop:
+        one_line_errors(main)([])
+    assert stop.value.code == 1 and "lab 3: meap: not written yet\n" in capsys.readouterr().err
 
 
 def test_edited_tests_do_not_count_and_a_pass_is_a_pass(tmp_path, capsys):
