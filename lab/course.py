@@ -73,8 +73,8 @@ class Lab(NamedTuple):
     mark: Mark
 
 
-# The bounds of the marks, and beside them what the project itself reaches: of labs 3 to 5 with the 3 or 5 seeds
-# of docs/claims.md.
+# The bounds of the marks, and beside them what the project itself reaches: in labs 3 to 5 with the 5 or 3
+# seeds of docs/claims.md.
 NTP_BPB = (1.2, 1.52)    # lab 1, bits per byte after 250 steps; lower only where a model sees its targets
 BYTES_A_TOKEN = 3.0      # lab 2; no seed decides it: the project's own learn_bpe has 3.04 on Python 3.11
 TIMES_COUNTING = 3.0     # lab 2, seconds of learning over those of counting the words; the project: 0.3
