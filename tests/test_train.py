@@ -485,7 +485,7 @@ def test_init_from_starts_with_the_very_weights_and_vocabulary(block_size, finis
 
 @pytest.mark.parametrize("arguments, code, message", [
     ("--objective fmi", 2, "--objective fmi: expected one of ntp, meap, fim_psm, fim_spm, fim, fim_meap"),
-    ("--preset huge", 2, "--preset huge: expected one of toy, laptop"),
+    ("--preset huge", 2, "--preset huge: expected one of toy, toy_gpt2"),
     ("--steps -1", 2, "--steps -1: expected 1"),
     ("--lr 0", 2, "--lr 0"),
     ("--lr nan", 2, "--lr nan"), ("--batch-size -4", 2, "--batch-size -4: expected 1"),
