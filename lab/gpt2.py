@@ -104,7 +104,7 @@ def save_tokenizer(tok, folder, block_size):
     ranks = {text: i for i, text in enumerate(tok.vocabulary)}
     merges = []
     for text in tok.vocabulary:
-        pairs = [(text[:k], text[k:]) for k in range(1, len(text)) if {text[:k], text[k:]} <= ranks.keys()]
+        pairs = [(text[:k], text[k:]) for k in range(1, len(text)) if text[:k] in ranks and text[k:] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     whole = {

@@ -8,10 +8,12 @@ to right; what a context does not hold is cut off its left.
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cli import newest_run, one_line_errors, pick_device
 from lab.evaluate import continuations, score
+from lab.serve import before_stop
 from sample import load_model
 
 
@@ -52,14 +54,12 @@ class Nanogap(TemplateLM):
         texts, longest = [], self.model.config.block_size // 2
         for request in requests:
             context, settings = request.args
-            n = min(settings.get("max_gen_toks", longest), longest)
+            settings = normalize_gen_kwargs(settings, longest)
+            n = min(settings["max_gen_toks"], longest)
             prompt = (self.tok.encode(context) or [self.tok.eot])[-(self.model.config.block_size - n):]
-            temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
-            (ids, _), = continuations(self.model, self.tok, [prompt], n, temperature=temperature)[0]
-            text = self.tok.decode(ids)
-            for stop in settings.get("until", ()):
-                text = text.partition(stop)[0] if stop else text
-            texts.append(text)
+            [[(ids, _)]] = continuations(self.model, self.tok, [prompt], n,
+                                         temperature=settings.get("temperature", 0.0))
+            texts.append(before_stop(self.tok.decode(ids), list(filter(None, settings["until"]))))
         return texts
 
 

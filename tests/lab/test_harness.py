@@ -54,7 +54,7 @@ def test_generation_is_greedy_and_ends_before_a_stop_text(lm):
     expected = lm.tok.decode(ids[-4:])
     settings = {"until": [], "max_gen_toks": 4}
     assert lm.generate_until(asked("def mean(xs):\n", settings)) == [expected]
-    settings["until"] = [expected[2:4]]
+    settings["until"] = expected[2:4]  # a list, or a single text
     assert lm.generate_until(asked("def mean(xs):\n", settings)) == [expected[:expected.index(expected[2:4])]]
 
 
