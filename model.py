@@ -261,6 +261,8 @@ def rope_rotations(T, D):
 
     The angle of pair i is position * 10000^(-2i/D) (RoFormer, section 3.2)."""
     angles = torch.outer(torch.arange(T, dtype=torch.float32), 10000.0 ** (-torch.arange(0, D, 2) / D))
+    for function in (torch.cos, torch.sin):
+        function(torch.zeros(1))  # a first call that threads share may be off by 1e-4 (pytorch issue 188792)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
 
