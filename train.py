@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import (Interrupt, Parser, checkpoint_fits, flag_of, has_bf16, load_checkpoint, lock,
+from cli import (Interrupt, Parser, checkpoint_fits, flag_of, has_fast_bf16, load_checkpoint, lock,
                  one_line_errors, open_metrics, pick_device, save_checkpoint)
 from data import GENERATED, Batches, Tokenizer, prepare, split_lines, text_rows
 from model import GPT, GPTConfig
@@ -90,7 +90,7 @@ class Config:
     clip: float = setting(1.0, "largest norm of the gradient, 0 for any", low=0)
     seed: int = setting(1, "decides weights, order of the data, cuts and masks", low=0, high=2**31)
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    dtype: str = setting("auto", "arithmetic: auto is bf16 where the hardware has it",
+    dtype: str = setting("auto", "arithmetic: auto is bf16 where that is faster",
                          ("auto", "fp32", "bf16"))
     compile: bool = setting(False, "torch.compile the model")
     out: str = setting("", "folder of the run (default: out/OBJECTIVE, with a number where that is taken)")
@@ -163,7 +163,9 @@ def train(config, checkpoint=None, measure=None):
                       "started; put it back, or start anew with another --out")
 
     # Model and optimisers, and the state to start from.
-    bf16 = config.dtype == "bf16" or config.dtype == "auto" and has_bf16(device)
+    if config.dtype == "auto":
+        config = replace(config, dtype="bf16" if mean(float(has_fast_bf16(device)), world) > 0.5 else "fp32")
+    bf16 = config.dtype == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     model = make_model(config, tok.n_vocab, device)
     optimizers = make_optimizers(model, config, bf16)
@@ -182,7 +184,7 @@ def train(config, checkpoint=None, measure=None):
     out.mkdir(parents=True, exist_ok=True)
     run_lock = lock(out) if rank == 0 else nullcontext()
     metrics = open_metrics(out / "metrics.jsonl", first) if rank == 0 else None
-    describe(config, model, tok, batches, device, bf16, first)
+    describe(config, model, tok, batches, device, first)
 
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
@@ -449,7 +451,7 @@ def stop_if_diverged(loss, step, config):
         raise OSError(f"the loss is {loss} at step {step}; {kept}; try a lower --lr than {config.lr}")
 
 
-def describe(config, model, tok, batches, device, bf16, first):
+def describe(config, model, tok, batches, device, first):
     """Prints the run's header."""
     c, n_rows, million = model.config, config.steps * config.batch_size * config.grad_accum, 1e6
     knobs = "".join(f", {name} {value}" for name, value in config.knobs.items() if name != "short_documents")
@@ -463,7 +465,7 @@ def describe(config, model, tok, batches, device, bf16, first):
     print(f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x "
           f"{config.block_size} tokens = {n_rows * config.block_size / million:.1f} M, "
           f"{n_rows / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}")
-    print(f"device     {device}, {'bf16' if bf16 else 'fp32'}, {c.attention} attention"
+    print(f"device     {device}, {config.dtype}, {c.attention} attention"
           + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
           + (f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
     print(f"out        {config.out}" + (f", going on after step {first}" if first else

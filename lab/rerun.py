@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import train
-from cli import has_bf16, load_checkpoint, pick_device
+from cli import has_fast_bf16, load_checkpoint, pick_device
 from lab.figures import bars, lines, pyplot, scatter
 
 
@@ -217,7 +217,7 @@ def write(claims, arms, r, path, first=()):
     device = pick_device("auto")
     intro = ("Written by `python -m lab.claims`: do not edit. Models of a million parameters, trained for "
              "minutes each, nearly all on generated corpora whose truth is known (`lab/corpora.py`). "
-             f"Device: {device}, {'bf16' if has_bf16(device) else 'fp32'}, torch {torch.__version__}.\n\n"
+             f"Device: {device}, {'bf16' if has_fast_bf16(device) else 'fp32'}, torch {torch.__version__}.\n\n"
              "A check is a number with a value a seed; ± is half of its 90% interval over the seeds. A claim "
              "*shows* if the whole interval lies within what the claim says, and *does not show* if none of "
              "it does; else it *cannot be told*. The bounds were written before the runs. In the figures a "

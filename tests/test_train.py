@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 import train
-from cli import load_checkpoint, lock, save_checkpoint
+from cli import has_fast_bf16, load_checkpoint, lock, save_checkpoint
 from data import Batches, prepare, text_rows
 from model import GPT, GPTConfig
 from objectives import OBJECTIVES, ON_PAIRS, knobs_of, sft
@@ -324,6 +325,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(objective, flags, tm
     for one, two, step in zip(metrics(whole), metrics(part), range(1, 7), strict=True):
         assert one["step"] == step and ("held_out_bpb" in one or "answer_bpb" in one) == (step % 2 == 0)
         assert all(one[key] == two[key] for key in ("step", "tokens", "epoch", "loss", "lr"))
+
+
+def test_auto_takes_bf16_where_it_is_faster():
+    def seconds(A):
+        timer = Timer("A @ A", globals={"A": A}, num_threads=torch.get_num_threads())
+        return min(timer.timeit(2).mean for _ in range(10))
+
+    A = torch.ones(512, 512)
+    assert has_fast_bf16(torch.device("cpu")) == (seconds(A.bfloat16()) < seconds(A))
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bf16"), (False, "fp32")])
+def test_a_resumed_run_keeps_the_arithmetic_that_auto_took(fast, dtype, flags, tmp_path, monkeypatch, capsys):
+    for step, fast_here in ((1, fast), (2, not fast)):
+        monkeypatch.setattr(train, "has_fast_bf16", lambda device: fast_here)
+        with monkeypatch.context() as patch:
+            press_ctrl_c(patch, step)
+            train.main(flags(f"--dtype auto --steps 3 --out {tmp_path}") if step == 1 else
+                       ["--resume", "--out", str(tmp_path)])
+        assert f"device     cpu, {dtype}, " in capsys.readouterr().out
 
 
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, capsys, monkeypatch):
