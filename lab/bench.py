@@ -153,7 +153,7 @@ def clock(device):
 
 
 def find_peaks(device):
-    """Prints and returns {dtype: FLOP/s}, for the column "of peak", of fp32, and of bf16 where it is faster."""
+    """Prints and returns {dtype: FLOP/s}, for the column "of peak": of fp32, and of bf16 if faster."""
     n = PRODUCT_SIZE * (4 if device.type == "cuda" else 1)
     peaks = {}
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():

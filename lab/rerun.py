@@ -215,9 +215,10 @@ def write(claims, arms, r, path, first=()):
     figures = path.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
+    dtype = "bf16" if has_fast_bf16(device) else "fp32"
     intro = ("Written by `python -m lab.claims`: do not edit. Models of a million parameters, trained for "
              "minutes each, nearly all on generated corpora whose truth is known (`lab/corpora.py`). "
-             f"Device: {device}, {'bf16' if has_fast_bf16(device) else 'fp32'}, torch {torch.__version__}.\n\n"
+             f"Device: {device}, {dtype}, torch {torch.__version__}.\n\n"
              "A check is a number with a value a seed; ± is half of its 90% interval over the seeds. A claim "
              "*shows* if the whole interval lies within what the claim says, and *does not show* if none of "
              "it does; else it *cannot be told*. The bounds were written before the runs. In the figures a "
