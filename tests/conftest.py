@@ -69,3 +69,31 @@ def no_float64():
 
 def as_stream(texts, tok):
     return np.array([i for text in texts for i in (*tok.encode(text), tok.eot)], np.uint16)
+
+
+def small_model(n_vocab, block_size=24, std=0.2, **settings):
+    """An untrained GPT with weights far above the initial 0.02: predictions and attention then differ from
+    place to place, and a mistake shows."""
+    import torch
+
+    from model import GPT, GPTConfig
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(n_vocab, block_size, **{"n_layer": 2, "n_head": 2, "n_embd": 32} | settings))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def save_run(folder, model, tok, objective="ntp", **settings):
+    """The folder of a run that has this model."""
+    from dataclasses import asdict
+
+    import torch
+
+    from objectives import OBJECTIVES, knobs_of
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": model.state_dict(), "optimizers": [], "step": 1,
+                "model_config": asdict(model.config), "tokenizer": tok.to_dict(),
+                "config": {"objective": objective, "knobs": knobs_of(OBJECTIVES[objective]), **settings}},
+               folder / "ckpt.pt")
+    return folder

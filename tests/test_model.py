@@ -5,22 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import small_model
 from model import (GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, causal_mask,
                    rope_rotations, rotate)
 
 POSITIONS = pytest.mark.parametrize("position", ["rope", "learned"])
 ATTENTIONS = pytest.mark.parametrize("attention", ["manual", "fused"])
 IDX = torch.randint(60, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-def small_model(**settings):
-    """Weights far above the initial 0.02, so that attention is far from uniform and a mistake in it shows."""
-    torch.manual_seed(1)
-    shape = {"vocab_size": 60, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig(**shape | settings))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
 
 
 def test_attention_worked_by_hand():
@@ -68,7 +59,7 @@ def turned(x):
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_the_model_computes_gpt2s_published_formulas(attention, position, qk_norm):
     """... with either attention, and also with RoPE and with normalised queries and keys."""
-    model = small_model(attention=attention, position=position, qk_norm=qk_norm, bias=True, gelu="tanh",
+    model = small_model(60, attention=attention, position=position, qk_norm=qk_norm, bias=True, gelu="tanh",
                         token_shift=False)
     w = model.state_dict()
 
@@ -118,7 +109,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 @ATTENTIONS
 @POSITIONS
 def test_no_prediction_sees_the_future(attention, position):
-    model = small_model(attention=attention, position=position)
+    model = small_model(60, attention=attention, position=position)
     logits = model(IDX)[0]
     for t in (0, 1, 11, 23):
         changed = IDX.clone()
@@ -131,7 +122,7 @@ def test_no_prediction_sees_the_future(attention, position):
 @POSITIONS
 @pytest.mark.parametrize("chunks", [[1] * 24, [5, 1, 12, 6], [23, 1]])
 def test_the_kv_cache_changes_no_logits(attention, position, chunks):
-    model = small_model(attention=attention, position=position)
+    model = small_model(60, attention=attention, position=position)
     cache = KVCache(model.config)
     logits = torch.cat([model(part, cache=cache)[0] for part in IDX.split(chunks, dim=1)], 1)
     torch.testing.assert_close(logits, model(IDX)[0], rtol=1e-4, atol=1e-4)
@@ -144,7 +135,7 @@ def test_the_kv_cache_changes_no_logits(attention, position, chunks):
 @POSITIONS
 def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, position):
     """... the token shift's last token, too; and each of two samples then goes its own way."""
-    model = small_model(attention=attention, position=position)
+    model = small_model(60, attention=attention, position=position)
     cache, other = KVCache(model.config), torch.cat((IDX[:, :9], IDX[:, 9:].flip(1)), 1)
     with torch.no_grad():
         model(IDX, cache=cache)
@@ -158,7 +149,7 @@ def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, positio
 
 
 def test_a_kv_cache_is_allocated_once_and_written_in_place():
-    model = small_model()
+    model = small_model(60)
     cache = KVCache(model.config)
     with torch.no_grad():
         model(IDX[:, :3], cache=cache)
@@ -206,7 +197,7 @@ def test_a_batch_that_is_all_ignored_has_loss_and_gradient_zero():
 def test_compiled_it_computes_the_same(shape, ignored):
     """And in one graph: with a break before the loss, torch 2.11 to 2.13 fail when it is in their cache."""
     torch.compiler.reset()
-    model, targets = small_model(**shape), IDX.roll(1)
+    model, targets = small_model(60, **shape), IDX.roll(1)
     targets[:, ignored] = IGNORE
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     (logits, loss), (expected_logits, expected) = compiled(IDX, targets), model(IDX, targets)
@@ -233,7 +224,7 @@ def test_weights_start_as_in_gpt2():
 
 
 def test_tied_weights_are_one_tensor():
-    tied, untied = small_model(tied=True), small_model(tied=False)
+    tied, untied = small_model(60, tied=True), small_model(60, tied=False)
     tied.load_state_dict(tied.state_dict())
     assert tied.lm_head.weight is tied.transformer.wte.weight
     assert untied.n_params() - tied.n_params() == 60 * 32
@@ -254,7 +245,7 @@ def test_a_shape_that_does_not_fit_is_refused(settings, message):
 
 @ATTENTIONS
 def test_dropout_acts_at_every_site_in_training_and_nowhere_else(attention):
-    model, plain = small_model(dropout=0.5, attention=attention), small_model()(IDX)[0]
+    model, plain = small_model(60, dropout=0.5, attention=attention), small_model(60)(IDX)[0]
     torch.testing.assert_close(model(IDX)[0], plain)
     modules = [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     assert len(modules) == 1 + 2 * 2

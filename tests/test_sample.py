@@ -10,8 +10,9 @@ import torch
 import sample
 import train
 from cli import load_checkpoint, newest_run
+from conftest import small_model
 from data import Tokenizer
-from model import GPT, GPTConfig
+from model import GPTConfig
 from objectives import OBJECTIVES, knobs_of
 from sample import (CUT, NOT_STOPPED, STOPPED, Infill, PromptCache, best_first, collect, generate, infill,
                     infill_prompt, load_model, pick, trained_orders, where_suffix_repeats, write_infill)
@@ -59,14 +60,6 @@ def test_a_worked_example(order, spm_layout, marks):
     assert (filled.text, filled.ended, filled.mean_log_p) == ("sum", "stopped", pytest.approx(-math.log(2)))
 
 
-def small_model(n_vocab=60, block_size=24):
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(n_vocab, block_size, n_layer=2, n_head=2, n_embd=32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.eval().requires_grad_(False)
-
-
 def draw(model, prompt, n_tokens, **settings):
     """-> ids and log-probabilities, each (rows, steps)."""
     ids, log_p = zip(*generate(model, torch.tensor(prompt), n_tokens, **settings))
@@ -88,7 +81,7 @@ def naive_greedy(model, context, n_tokens, stop=None):
 
 @pytest.mark.parametrize("n_prompt", [1, 9, 24, 40])
 def test_greedy_generation_is_the_naive_loop_also_past_the_context(n_prompt):
-    model, prompts = small_model(), torch.randint(60, (2, n_prompt)).tolist()
+    model, prompts = small_model(60), torch.randint(60, (2, n_prompt)).tolist()
     expected = [naive_greedy(model, prompt, 50) for prompt in prompts]
     for settings in ({"temperature": 0}, {"temperature": 3, "top_k": 1}, {"temperature": 3, "top_p": 1e-6}):
         assert draw(model, prompts, 50, **settings)[0].tolist() == expected
@@ -96,7 +89,7 @@ def test_greedy_generation_is_the_naive_loop_also_past_the_context(n_prompt):
 
 
 def test_samples_follow_the_models_distribution_and_the_seed():
-    model, n = small_model(), 20_000
+    model, n = small_model(60), 20_000
     p = model(torch.tensor([[1, 2, 3]]))[0][0, -1].softmax(-1)
     found = draw(model, [[1, 2, 3]], 1, n=n)[0][:, 0].bincount(minlength=60) / n
     assert ((found - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
@@ -146,12 +139,12 @@ def test_ids_that_are_not_allowed_are_never_drawn(settings):
     ("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.5)])
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} {value}: expected"):
-        draw(small_model(), [[1]], 1, **{name: value})
+        draw(small_model(60), [[1]], 1, **{name: value})
 
 
 def test_the_mean_log_probability_is_that_of_a_forward_pass(tok):
     model, prompt = small_model(tok.n_vocab, 64), tok.encode(PREFIX)
-    model.lm_head.weight[tok.eot] *= 4
+    model.lm_head.weight.data[tok.eot] *= 4
     rows = collect(generate(model, torch.tensor([prompt]), 30, stop=tok.eot, n=30), tok)
     assert {ids[-1] == tok.eot for ids, _ in rows} == {True, False}
     for ids, mean_log_p in rows:
@@ -203,7 +196,7 @@ def test_an_infill_that_does_not_stop_is_cut_where_it_repeats_the_suffix(max_new
 def test_a_long_prompt_keeps_the_text_around_the_hole(n_prefix, n_suffix, documents, tok):
     ids, warnings = tok.encode(documents[0]), []
     texts = tok.decode(ids[:n_prefix]), tok.decode(ids[1000:1000 + n_suffix])
-    prompt = infill_prompt(small_model(block_size=64), tok, *texts, 16, "psm", "swapped", warnings.append)
+    prompt = infill_prompt(small_model(60, 64), tok, *texts, 16, "psm", "swapped", warnings.append)
     prefix, suffix = map(tok.encode, texts)
     at = prompt.index(tok.suf)
     kept_prefix, kept_suffix = prompt[1:at], prompt[at + 1:-1]
@@ -249,7 +242,7 @@ def test_a_prompt_cache_keeps_what_two_prompts_both_begin_with():
 
 
 def test_sentinels_in_a_prompt_are_text(tok):
-    prompt = infill_prompt(small_model(block_size=64), tok, "a <MID> b", "<EOT><PRE>", 8, "psm", "swapped")
+    prompt = infill_prompt(small_model(60, 64), tok, "a <MID> b", "<EOT><PRE>", 8, "psm", "swapped")
     assert [i for i in prompt if i in tok.specials] == [tok.pre, tok.suf, tok.mid]
     assert tok.decode(prompt) == "a <MID> b<EOT><PRE>"
 

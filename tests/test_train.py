@@ -19,8 +19,9 @@ from torch.utils.benchmark import Timer
 
 import train
 from cli import has_fast_bf16, load_checkpoint, lock, save_checkpoint
+from conftest import small_model
 from data import Batches, prepare, text_rows
-from model import GPT, GPTConfig
+from model import GPT
 from objectives import OBJECTIVES, ON_PAIRS, knobs_of, sft
 from sample import load_model
 from train import PRESETS, Config, learning_rate, make_optimizers, text_bits
@@ -175,14 +176,6 @@ def test_the_learning_rate_warms_up_and_decays_in_lines(warmup, final_lr, expect
     assert [learning_rate(step, config) for step in range(config.steps)] == pytest.approx(expected)
 
 
-def small_model(n_vocab, **settings):
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(n_vocab, block_size=16, n_layer=2, n_head=2, n_embd=32, **settings))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_has_one_optimizer(optimizer, tied):
@@ -231,7 +224,7 @@ def test_orthogonalize_moves_every_singular_value_near_one():
 
 def test_bits_per_byte_is_that_of_one_token_at_a_time(tok, stream):
     """<EOT> is no text; prompts of fine-tuning are excluded; dropout is off."""
-    model, at = small_model(tok.n_vocab, dropout=0.5), int(np.flatnonzero(stream == tok.eot)[0])
+    model, at = small_model(tok.n_vocab, 16, dropout=0.5).train(), int(np.flatnonzero(stream == tok.eot)[0])
     text = stream[at - 40:at + 41].astype(np.int64)  # five windows of 16, an <EOT> in the middle one
     example = np.array([*text[:6], tok.mid, *text[6:15], tok.eot])
     rows = [*text_rows(text, 16, 5), sft(example, tok, None)]

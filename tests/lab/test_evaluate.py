@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cli import save_checkpoint
+from conftest import save_run, small_model
 from lab import attention, evaluate, sandbox, tasks
 from lab.report import figure, pool, table
 from model import GPT, GPTConfig
-from objectives import OBJECTIVES, fim_example, fim_prompt, knobs_of
+from objectives import fim_example, fim_prompt
 from sample import infill_prompt
 
 LN2 = math.log(2)
@@ -24,12 +24,7 @@ LN2 = math.log(2)
 
 @pytest.fixture(scope="module")
 def model(tok):
-    """Weights well above the initial 0.02, so that predictions differ and a mistake shows."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(tok.n_vocab, block_size=64, n_layer=2, n_head=2, n_embd=32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    return model.eval()
+    return small_model(tok.n_vocab, block_size=64)
 
 
 class Oracle(torch.nn.Module):
@@ -419,11 +414,7 @@ def test_a_run_writes_a_table_results_samples_and_figures(tok, documents, tmp_pa
     (tmp_path / "text.py").write_text("\n".join(documents[:3]))
     small = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=1, n_head=1, n_embd=16))
     for name in ("ntp", "fim"):
-        (tmp_path / name).mkdir()
-        save_checkpoint(tmp_path / name / "ckpt.pt", {
-            "model": small.state_dict(), "model_config": vars(small.config), "tokenizer": tok.to_dict(),
-            "step": 1, "optimizers": [], "config": {
-                "data": str(tmp_path / "text.py"), "objective": name, "knobs": knobs_of(OBJECTIVES[name])}})
+        save_run(tmp_path / name, small, tok, name, data=str(tmp_path / "text.py"))
     ckpt, fim, out, cache, png = (str(tmp_path / name) for name in ("ntp", "fim", "out", "cache", "png"))
     (tmp_path / "fim/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "epoch": 0.5, "answer_bpb": 2.0}\n')
     pairs = [{"prompt": f"{i}:", "answer": f"{i} {i}"} for i in range(60)]

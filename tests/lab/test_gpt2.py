@@ -12,6 +12,7 @@ import torch
 
 import train
 from cli import load_checkpoint
+from conftest import small_model
 from data import SPECIALS, Tokenizer
 from lab import gpt2
 from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, save_tokenizer, write_safetensors
@@ -214,11 +215,8 @@ def test_transformers_gives_the_same_ids_and_text(kind, tok, tmp_path):
 @needs_transformers
 def test_a_pipeline_fills_a_hole_as_we_do(tok, tmp_path):
     import transformers
-    torch.manual_seed(2)
-    model = GPT(GPTConfig(tok.n_vocab, 64, position="learned", qk_norm=False, token_shift=False, bias=True,
-                          gelu="tanh")).eval()
-    for weights in model.parameters():
-        torch.nn.init.normal_(weights, std=0.2)  # with these, the twelve tokens are of several kinds
+    model = small_model(tok.n_vocab, 64, position="learned", qk_norm=False, token_shift=False, bias=True,
+                        gelu="tanh")
     save_gpt2(model, tok, tmp_path)
     pipeline = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
     ours, = infill(model, tok, "def mean(", "):\n", max_new_tokens=12, order="psm")

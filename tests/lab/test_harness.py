@@ -7,22 +7,15 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the lm_eval package")
 
+from conftest import save_run, small_model  # noqa: E402
 from lab.harness import Nanogap  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
 
 T = 32
 
 
 @pytest.fixture
 def lm(tok, tmp_path):
-    torch.manual_seed(1)
-    config = {"vocab_size": tok.n_vocab, "block_size": T, "n_layer": 1, "n_embd": 32}
-    model = GPT(GPTConfig(**config))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    torch.save({"model": model.state_dict(), "model_config": config, "tokenizer": tok.to_dict(), "step": 1,
-                "config": {}, "optimizers": []}, tmp_path / "ckpt.pt")
-    return Nanogap(ckpt=str(tmp_path))
+    return Nanogap(ckpt=str(save_run(tmp_path, small_model(tok.n_vocab, T), tok)))
 
 
 def asked(*args):

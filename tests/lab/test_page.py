@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import threading
 import zlib
-from dataclasses import asdict
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,11 +15,11 @@ import torch
 
 import objectives
 import sample
-from cli import one_line_errors, save_checkpoint
+from cli import one_line_errors
+from conftest import save_run, small_model
 from data import Tokenizer
 from lab import attention
 from lab.page import OTHER_SUFFIX, draw_infill, draw_objectives, objective_rows
-from model import GPT, GPTConfig
 from objectives import IGNORE, OBJECTIVES, ON_PAIRS, fim_example, fim_prompt, knobs_of
 from sample import infill
 
@@ -169,12 +168,7 @@ def test_the_script_writes_what_it_draws(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def model(tok):
-    """Weights well above the initial 0.02, so that probabilities and attention differ from place to place."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=2, n_head=4, n_embd=32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.eval()
+    return small_model(tok.n_vocab, block_size=128, n_head=4)
 
 
 @pytest.fixture
@@ -242,10 +236,7 @@ def test_any_text_is_harmless_and_visible(drawn, tmp_path):
 
 
 def test_a_page_that_would_be_too_large_leaves_out_the_smallest_weights(drawn, tok):
-    torch.manual_seed(1)
-    large = GPT(GPTConfig(tok.n_vocab, block_size=256, n_layer=4, n_head=12, n_embd=96)).eval()
-    for p in large.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    large = small_model(tok.n_vocab, block_size=256, n_layer=4, n_head=12, n_embd=96)
     data = drawn(PREFIX * 20, SUFFIX * 9, model=large, max_new_tokens=64)
     kept = np.concatenate([row["attention"].ravel() for row in data["rows"]])
     kept = kept[kept > 0] / 10_000
@@ -455,11 +446,7 @@ def test_a_token_of_the_infill_shades_what_it_attended_to(browser, drawn, tmp_pa
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, model, tok):
-    folder = tmp_path_factory.mktemp("run")
-    save_checkpoint(folder / "ckpt.pt", {
-        "model": model.state_dict(), "optimizers": [], "model_config": asdict(model.config), "step": 0,
-        "tokenizer": tok.to_dict(), "config": {"objective": "fim", "knobs": knobs_of(OBJECTIVES["fim"])}})
-    return folder
+    return save_run(tmp_path_factory.mktemp("run"), model, tok, "fim")
 
 
 def test_sample_writes_the_page(run, tmp_path, capsys):

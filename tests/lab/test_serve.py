@@ -13,28 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from conftest import save_run, small_model
 from lab import serve
-from model import GPT, GPTConfig
-from objectives import OBJECTIVES, knobs_of
 from sample import collect, generate, infill
 
 PREFIX, TYPED, SUFFIX = "def mean(xs):\n    total = sum(xs)\n", "    return", "\n\nprint(mean([1, 2]))\n"
 T = 128  # the model's context
-
-
-def save_run(folder, objective, tok):
-    """A run of a tiny untrained model. Its weights are so large that every token of a prompt matters."""
-    torch.manual_seed(1)
-    config = {"vocab_size": tok.n_vocab, "block_size": T, "n_layer": 1, "n_head": 2, "n_embd": 32}
-    model = GPT(GPTConfig(**config))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    folder.mkdir()
-    torch.save({"model": model.state_dict(), "optimizers": [], "model_config": config, "step": 1,
-                "tokenizer": tok.to_dict(), "config": {"objective": objective,
-                                                       "knobs": knobs_of(OBJECTIVES[objective])}},
-               folder / "ckpt.pt")
-    return folder
 
 
 @contextmanager
@@ -52,7 +36,7 @@ def running(folder):
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, tok):
-    return save_run(tmp_path_factory.mktemp("runs") / "tiny", "fim_spm", tok)
+    return save_run(tmp_path_factory.mktemp("runs") / "tiny", small_model(tok.n_vocab, T), tok, "fim_spm")
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +451,7 @@ def test_a_client_that_leaves_early_is_forgotten(server):
 
 
 def test_a_model_that_saw_no_gap_continues_and_refuses_holes(tmp_path, tok):
-    with running(save_run(tmp_path / "left", "ntp", tok)) as server:
+    with running(save_run(tmp_path / "left", small_model(tok.n_vocab, T), tok)) as server:
         assert ask(server, "/v1/completions", {"prompt": PREFIX}).content["choices"][0]["text"]
         for path, body in (("/infill", hole()), ("/v1/completions", {"prompt": "a", "suffix": "b"})):
             got = ask(server, path, body)
