@@ -68,7 +68,8 @@ def load_gpt2(path):
 
 
 def save_gpt2(model, tok, folder):
-    """Writes a folder that transformers loads: config.json and model.safetensors, see also save_tokenizer.
+    """Writes a folder that transformers loads: config.json, generation_config.json, model.safetensors, and
+    the files of save_tokenizer.
 
     Raises ValueError for a model of another architecture."""
     c = model.config
@@ -85,7 +86,10 @@ def save_gpt2(model, tok, folder):
              if not (c.tied and name == "lm_head.weight")}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    generation = {"bos_token_id": tok.eot, "eos_token_id": tok.eot,
+                  "suppress_tokens": [i for i in tok.specials if i != tok.eot]}  # as in sample.infill
     (folder / "config.json").write_text(json.dumps(config, indent=1))
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
     write_safetensors(folder / "model.safetensors", state)
     save_tokenizer(tok, folder, c.block_size)
 

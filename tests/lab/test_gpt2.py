@@ -17,7 +17,7 @@ from data import SPECIALS, Tokenizer
 from lab import gpt2
 from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, save_tokenizer, write_safetensors
 from model import GPT, GPTConfig
-from sample import infill
+from sample import infill, infill_prompt
 
 V, T, C, L, H = 257, 32, 48, 3, 4
 
@@ -222,6 +222,8 @@ def test_a_pipeline_fills_a_hole_as_we_do(tok, tmp_path):
     ours, = infill(model, tok, "def mean(", "):\n", max_new_tokens=12, order="psm")
     theirs = pipeline("<PRE>def mean(<SUF>):\n<MID>", max_new_tokens=12, do_sample=False,
                       return_full_text=False)
+    prompt = infill_prompt(model, tok, "def mean(", "):\n", 12, "psm", "joint")
+    assert model(torch.tensor([prompt]))[0][0, -1].argmax() == tok.pre  # which neither may write
     assert len(set(ours.text)) > 3 and theirs[0]["generated_text"] == ours.text
 
 
