@@ -73,14 +73,13 @@ class Lab(NamedTuple):
     mark: Mark
 
 
-# The bounds of the marks, and beside them what the project itself reaches: in labs 3 to 5 with the 5 or 3
-# seeds of docs/claims.md.
-NTP_BPB = (1.2, 1.52)    # lab 1, bits per byte after 250 steps; lower only where a model sees its targets
+# The bounds of the marks, and beside them what the project itself reaches with seeds 1 to 10.
+NTP_BPB = (1.2, 1.45)    # lab 1, bits per byte after 250 steps; 1.40 to 1.42; less only if targets are seen
 BYTES_A_TOKEN = 3.0      # lab 2; no seed decides it: the project's own learn_bpe has 3.04 on Python 3.11
 TIMES_COUNTING = 3.0     # lab 2, seconds of learning over those of counting the words; the project: 0.3
-RECALL = 0.9             # lab 3, a share of the questions; 1.00 with each of 5 seeds
-SAVED = 0.5              # lab 4, a share of what Bayes' rule saves; 0.93 to 0.96
-END_MINUS_WRONG = 0.3    # lab 5, a difference of two probabilities; 0.41, exact 0.41
+RECALL = 0.9             # lab 3, a share of the questions; 8 seeds: 1.00, 2 seeds: 0.16 and 0.04
+SAVED = 0.5              # lab 4, a share of what Bayes' rule saves; 0.89 to 0.97
+END_MINUS_WRONG = 0.3    # lab 5, a difference of two probabilities; 0.36 to 0.44, exact 0.41
 REUSED = 0.95            # lab 6; no seed decides it: two tokens of a prompt are computed again
 LEADERBOARD_BPB = 1.18   # lab 7; the unchanged project has 1.19 to 1.20
 
@@ -480,7 +479,13 @@ def claims_run(run, out):
 
 
 def recall(out):
-    return claims_run("records-0.15-1", out)["recall"]
+    """Of up to four seeds: looking up is learned in one jump, which two seeds of ten miss in 600 steps."""
+    best = 0.0
+    for seed in (1, 2, 3, 4):
+        best = max(best, claims_run(f"records-0.15-{seed}", out)["recall"])
+        if best >= RECALL:
+            break
+    return best
 
 
 def saved(out):

@@ -329,6 +329,19 @@ def test_a_mark_is_read_off_the_metrics_of_a_training_of_minutes(monkeypatch, tm
     assert json.loads((tmp_path / "out" / "mark.json").read_text())["value"] == pytest.approx(value)
 
 
+@pytest.mark.parametrize("recalls, value, n_runs", [
+    ([0.99], 0.99, 1), ([0.16, 0.95], 0.95, 2), ([0.2, 0.3, 0.1, 0.2], 0.3, 4)])
+def test_a_seed_that_looks_nothing_up_gets_three_more_tries(monkeypatch, tmp_path, recalls, value, n_runs):
+    runs = []
+
+    def claims_run(run, out):
+        runs.append(run)
+        return {"recall": recalls[len(runs) - 1]}
+
+    monkeypatch.setattr(course, "claims_run", claims_run)
+    assert course.recall(tmp_path) == value and runs == [f"records-0.15-{i + 1}" for i in range(n_runs)]
+
+
 @pytest.mark.parametrize("number", LABS)
 def test_a_mark_has_points_within_its_bounds_alone(monkeypatch, tmp_path, number):
     mark, value = LABS[number].mark, 0.0
