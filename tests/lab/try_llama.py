@@ -1,25 +1,29 @@
-"""A run of GPT-2's kind in llama.cpp: exported, taken to GGUF by its own converter, and asked to infill.
+"""A run of GPT-2's kind in llama.cpp: exported, taken to GGUF by its own converter, served by its own server.
 
-    pip install llama-cpp-python transformers gguf sentencepiece     # compiles for ten minutes
-    python tests/lab/try_llama.py out/toy_gpt2 path/to/llama.cpp     # a checkout, for convert_hf_to_gguf.py
+    pip install transformers gguf sentencepiece                  # for convert_hf_to_gguf.py
+    cmake -B build && cmake --build build -t llama-server        # in a checkout of llama.cpp: ten minutes
+    python tests/lab/try_llama.py out/toy_gpt2 path/to/llama.cpp
 
-It prints whether llama.cpp finds the sentinels, encodes text as we do, and greedily writes the tokens that
-we write. The converter knows splitting patterns from a list, in which ours is not. Here it is told GPT-2's:
-so llama.cpp encodes as we do for a run with `--tokenizer bytes` alone, and prompts go in as ids. pytest does
-not run it.
+It prints how many of 20 holes llama-server fills greedily as we do, prompts given as ids and as text. The
+converter knows splitting patterns from a list, in which ours is not. Here it is told GPT-2's, so only a run
+with `--tokenizer bytes` is sure to read a text as we do. pytest does not run it.
 """
 import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from data import prepare  # noqa: E402
 from lab.evaluate import continuations  # noqa: E402
 from lab.gpt2 import save_gpt2  # noqa: E402
 from lab.tasks import random_span_holes  # noqa: E402
-from data import prepare  # noqa: E402
 from objectives import fim_prompt  # noqa: E402
 from sample import load_model  # noqa: E402
 
@@ -29,45 +33,63 @@ import convert_hf_to_gguf
 from conversion import base
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
 convert_hf_to_gguf.main()"""
+URL = "http://127.0.0.1:8013"
 
 
-def main(run, llama_cpp_folder, n=20, n_tokens=32):
+def ask(path, **content):
+    request = Request(URL + path, json.dumps(content).encode(), {"Content-Type": "application/json"})
+    return json.load(urlopen(request, timeout=60))
+
+
+def wait_for(server):
+    for _ in range(300):
+        try:
+            return urlopen(f"{URL}/health").close()
+        except URLError:  # it still loads the model
+            if server.poll() is not None:
+                sys.exit(f"llama-server ended with status {server.returncode}")
+            time.sleep(0.1)
+    sys.exit("llama-server did not answer within 30 s")
+
+
+def main(run, llama_cpp, n=20, n_tokens=32):
     model, tok, checkpoint = load_model(run)
     order = "psm" if checkpoint["config"]["knobs"]["spm_rate"] < 1 else "spm"
     layout = checkpoint["config"]["knobs"]["spm_layout"]
+    _, _, stream = prepare("stdlib", cache_dir="cache", tok=tok)
+    holes = random_span_holes(stream, tok, n, 1, model.config.block_size - n_tokens - 4)
+    prompts = [fim_prompt(prefix, suffix, tok, order, layout) for prefix, _, suffix in holes]
+    ours = [[i for i in ids if i != tok.eot] for [(ids, _)] in continuations(model, tok, prompts, n_tokens)]
+    greedy = {"n_predict": n_tokens, "temperature": 0}
     with tempfile.TemporaryDirectory() as folder:
         save_gpt2(model, tok, folder)
         gguf = Path(folder, "model.gguf")
-        subprocess.run([sys.executable, "-c", CONVERT, llama_cpp_folder, folder, "--outfile", str(gguf),
-                        "--outtype", "f32"], check=True, capture_output=True)
-        import llama_cpp
-        llm = llama_cpp.Llama(str(gguf), n_ctx=model.config.block_size, type_k=llama_cpp.GGML_TYPE_F32,
-                              type_v=llama_cpp.GGML_TYPE_F32, verbose=False)
-        vocab = llama_cpp.llama_model_get_vocab(llm.model)
-        found = [getattr(llama_cpp, f"llama_vocab_fim_{name}")(vocab) for name in ("pre", "suf", "mid")]
-        found, expected = [*found, llm.token_eos()], [tok.pre, tok.suf, tok.mid, tok.eot]
-        print(f"<PRE> <SUF> <MID> <EOT>: {found}, ours {expected}")
-        _, _, stream = prepare("stdlib", cache_dir="cache", tok=tok)
-        holes = random_span_holes(stream, tok, n, 1, model.config.block_size - n_tokens - 4)
-        encoded = [llm.tokenize(tok.decode(prefix).encode(), add_bos=False) for prefix, _, _ in holes]
-        same = sum(ids == tok.encode(tok.decode(prefix)) for ids, (prefix, _, _) in zip(encoded, holes))
-        print(f"{same} of {n} prefixes are encoded to the same ids")
-        prompts = [fim_prompt(prefix, suffix, tok, order, layout) for prefix, _, suffix in holes]
-        equal = 0
-        for prompt, [(ours, _)] in zip(prompts, continuations(model, tok, prompts, n_tokens)):
-            llm.reset()
-            theirs = []
-            for token in llm.generate(prompt, temp=0.0, repeat_penalty=1.0):
-                theirs.append(token)
-                if token == tok.eot or len(theirs) == n_tokens:
-                    break
-            equal += theirs == ours
-        print(f"{order}, {layout}: {equal} of {n} greedy infills have the same tokens")
-        return equal == n and found == expected
+        subprocess.run([sys.executable, "-c", CONVERT, llama_cpp, folder, "--outfile", gguf, "--outtype",
+                        "f32"], check=True, capture_output=True)
+        server = subprocess.Popen(
+            [Path(llama_cpp, "build/bin/llama-server"), "-m", gguf, "--port", URL[-4:], "-np", "1", "-c",
+             str(model.config.block_size), "-ctk", "f32", "-ctv", "f32", "-fa", "off",
+             *["--spm-infill"] * (order == "spm")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_for(server)
+            same_ids = same_text = same_prefix = 0
+            for (prefix, _, suffix), prompt, ids in zip(holes, prompts, ours):
+                before, after = tok.decode(prefix), tok.decode(suffix)
+                by_ids = ask("/completion", prompt=prompt, return_tokens=True, **greedy)["tokens"]
+                by_text = ask("/infill", input_prefix=before, input_suffix=after, **greedy)["content"]
+                same_ids += [i for i in by_ids if i != tok.eot] == ids
+                same_text += by_text == tok.decode(ids)
+                same_prefix += ask("/tokenize", content=before)["tokens"] == tok.encode(before)
+        finally:
+            server.terminate()
+            server.wait()
+    print(f"{order}, {layout}: with prompts as ids {same_ids} of {n} greedy infills have our tokens; with "
+          f"prompts as text {same_text} have our text, and {same_prefix} prefixes our tokens")
+    return same_ids == n
 
 
 if __name__ == "__main__":
-    missing = [name for name in ("llama_cpp", "transformers", "gguf") if not importlib.util.find_spec(name)]
+    missing = [name for name in ("transformers", "gguf") if not importlib.util.find_spec(name)]
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     if missing:
