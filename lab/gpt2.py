@@ -127,7 +127,7 @@ def save_tokenizer(tok, folder, block_size):
     special = {"bos_token": names[tok.eot], "eos_token": names[tok.eot], "mask_token": names[tok.mask],
                "additional_special_tokens": [names[i] for i in (tok.pre, tok.suf, tok.mid)]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-              "clean_up_tokenization_spaces": False, **special,
+              "clean_up_tokenization_spaces": False, "add_bos_token": False, **special,
               "model_input_names": ["input_ids", "attention_mask"]}  # GPT-2 would add token_type_ids up
     files = {"tokenizer": whole, "tokenizer_config": config, "special_tokens_map": special}
     for name, content in files.items():

@@ -5,8 +5,9 @@
     python tests/lab/try_llama.py out/toy_gpt2 path/to/llama.cpp
 
 It prints how many of 20 holes llama-server fills greedily as we do, prompts given as ids and as text. The
-converter knows splitting patterns from a list, in which ours is not. Here it is told GPT-2's, so only a run
-with `--tokenizer bytes` is sure to read a text as we do. pytest does not run it.
+converter knows splitting patterns from a list, in which ours is not. Here it is told that of Llama 3, which
+differs in endings such as 's and in runs of line ends alone. llama.cpp needs merges: a run with `--tokenizer
+bytes` has none. pytest does not run it.
 """
 import importlib.util
 import json
@@ -31,7 +32,7 @@ CONVERT = """import sys
 sys.path.insert(0, sys.argv.pop(1))
 import convert_hf_to_gguf
 from conversion import base
-base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "llama-bpe"
 convert_hf_to_gguf.main()"""
 URL = "http://127.0.0.1:8013"
 
