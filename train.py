@@ -163,8 +163,9 @@ def train(config, checkpoint=None, measure=None):
                       "started; put it back, or start anew with another --out")
 
     # Model and optimisers, and the state to start from.
-    if config.dtype == "auto":
-        config = replace(config, dtype="bf16" if mean(float(has_fast_bf16(device)), world) > 0.5 else "fp32")
+    if config.dtype == "auto":  # the same in all processes, or their weights would drift apart
+        is_faster = mean(float(has_fast_bf16(device)), world) > 0.5
+        config = replace(config, dtype="bf16" if is_faster else "fp32")
     bf16 = config.dtype == "bf16"
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     model = make_model(config, tok.n_vocab, device)

@@ -133,7 +133,8 @@ LABS = {
             "[meap-mask_ratio-1.5-0 to 1]":
                 "a ratio outside 0 to 1 raises ValueError: check_range in mask"},
             "the MEAP paper, arXiv 2502.07490, section 3", ("objectives.mask",))],
-        Mark("share of the questions of `records` that are answered", "recall", RECALL)),
+        Mark("share of the questions of `records` that are answered", "recall", RECALL,
+             seconds=900)),
     4: Lab("FIM", ("objectives.py",), [
         Task("objectives.fim_prompt", 1, {
             "test_objectives.py::test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins":
