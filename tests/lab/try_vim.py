@@ -1,10 +1,10 @@
 """The real llama.vim in a real Vim, driven by keys in tmux, completes from lab.serve:
 
     git clone https://github.com/ggml-org/llama.vim
-    python tests/lab/try_vim.py llama.vim out/fim_spm
+    python tests/lab/try_vim.py llama.vim out/fim_spm     # and nvim, or an editor's path
 
-A suggestion appears while one types, Tab takes it, and the file holds it. It needs Vim 9 (or a newer Neovim
-than Debian's 0.7, which lacks a function that the plugin calls), tmux and curl, and prints what is missing.
+A suggestion appears while one types, Tab takes it, and the file holds it. It needs Vim 9 or Neovim (0.11 will
+do, 0.7 lacks a function that the plugin calls), tmux and curl, and prints what is missing.
 pytest does not run it.
 """
 import re
@@ -82,11 +82,13 @@ def main(plugin, run, editor):
 
 
 if __name__ == "__main__":
-    editor = shutil.which("vim") or shutil.which("nvim")
-    missing = [name for name in ("tmux", "curl") if not shutil.which(name)]
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
-    if not editor or missing or not Path(sys.argv[1], "autoload/llama.vim").is_file():
-        print(f"skipped: not at hand: {'vim or nvim' if not editor else ', '.join(missing) or 'the plugin'}")
+    plugin, run, editor = [*sys.argv, "vim"][1:4]
+    missing = [name for name in (editor, "tmux", "curl") if not shutil.which(name)]
+    if not Path(plugin, "autoload/llama.vim").is_file():
+        missing.append("the plugin")
+    if missing:
+        print(f"skipped: not at hand: {', '.join(missing)}")
     else:
-        main(str(Path(sys.argv[1]).resolve()), sys.argv[2], editor)
+        main(str(Path(plugin).resolve()), run, editor)
