@@ -89,9 +89,8 @@ def pick_device(name):
 
 
 def has_fast_bf16(device):
-    """True if the device computes faster in bf16 than in fp32. On a CPU that has the instructions it is
-    measured: AVX512-BF16 halves the time of a product on AMD's Zen 4, but doubled it on a Xeon whose
-    AMX is off."""
+    """True if the device computes faster in bf16 than in fp32. On a CPU that has bf16 instructions, products
+    are timed: AVX512-BF16 halves their time on AMD's Zen 4, but doubled it on a Xeon whose AMX is off."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Only oneDNN's own check obeys ONEDNN_MAX_CPU_ISA=AVX2, which turns newer instruction sets off.
@@ -104,7 +103,7 @@ def has_fast_bf16(device):
 
 
 def seconds_of_product(A):
-    """The fastest of 20 products A A: a millisecond each."""
+    """The seconds of the fastest of 20 products A A."""
     seconds = []
     for _ in range(20):
         started = time.perf_counter()

@@ -133,8 +133,7 @@ LABS = {
             "[meap-mask_ratio-1.5-0 to 1]":
                 "a ratio outside 0 to 1 raises ValueError: check_range in mask"},
             "the MEAP paper, arXiv 2502.07490, section 3", ("objectives.mask",))],
-        Mark("share of the questions of `records` that are answered", "recall", RECALL,
-             seconds=900)),
+        Mark("share of the questions of `records` that are answered", "recall", RECALL, seconds=900)),
     4: Lab("FIM", ("objectives.py",), [
         Task("objectives.fim_prompt", 1, {
             "test_objectives.py::test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins":
@@ -480,7 +479,8 @@ def claims_run(run, out):
 
 
 def recall(out):
-    """Of up to four seeds: looking up is learned in one jump, which two seeds of ten miss in 600 steps."""
+    """The best share of up to four seeds: looking a fact up is learned in one jump, and two seeds of ten do
+    not make it in 600 steps."""
     best = 0.0
     for seed in (1, 2, 3, 4):
         best = max(best, claims_run(f"records-0.15-{seed}", out)["recall"])

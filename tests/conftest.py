@@ -71,7 +71,7 @@ def as_stream(texts, tok):
     return np.array([i for text in texts for i in (*tok.encode(text), tok.eot)], np.uint16)
 
 
-def small_model(n_vocab, block_size=24, std=0.2, **settings):
+def small_model(n_vocab, block_size=24, **settings):
     """An untrained GPT with weights far above the initial 0.02: predictions and attention then differ from
     place to place, and a mistake shows."""
     import torch
@@ -80,7 +80,7 @@ def small_model(n_vocab, block_size=24, std=0.2, **settings):
     torch.manual_seed(1)
     model = GPT(GPTConfig(n_vocab, block_size, **{"n_layer": 2, "n_head": 2, "n_embd": 32} | settings))
     for p in model.parameters():
-        torch.nn.init.normal_(p, std=std)
+        torch.nn.init.normal_(p, std=0.2)
     return model.eval()
 
 
@@ -88,12 +88,11 @@ def save_run(folder, model, tok, objective="ntp", **settings):
     """The folder of a run that has this model."""
     from dataclasses import asdict
 
-    import torch
-
+    from cli import save_checkpoint
     from objectives import OBJECTIVES, knobs_of
     folder.mkdir(exist_ok=True)
-    torch.save({"model": model.state_dict(), "optimizers": [], "step": 1,
-                "model_config": asdict(model.config), "tokenizer": tok.to_dict(),
-                "config": {"objective": objective, "knobs": knobs_of(OBJECTIVES[objective]), **settings}},
-               folder / "ckpt.pt")
+    save_checkpoint(folder / "ckpt.pt", {
+        "model": model.state_dict(), "optimizers": [], "step": 1, "model_config": asdict(model.config),
+        "tokenizer": tok.to_dict(),
+        "config": {"objective": objective, "knobs": knobs_of(OBJECTIVES[objective]), **settings}})
     return folder

@@ -114,7 +114,7 @@ def test_the_flops_of_gpt2s_124_m_are_palms_by_hand():
 
 
 def test_every_variant_is_timed_beside_nanogpt_and_bf16_only_where_it_is_faster(flags, nanogpt, capsys,
-                                                                                      monkeypatch):
+                                                                                 monkeypatch):
     monkeypatch.setattr(bench, "has_fast_bf16", lambda device: False)
     bench.main([*flags, "--nanogpt", nanogpt])
     output = capsys.readouterr().out
