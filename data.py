@@ -2,14 +2,14 @@
 
     files -> documents -> token stream -> windows -> rows -> batch
 
-    documents   one str each: a file, or a line of a .jsonl               iter_documents, split_documents
+    documents   one str each: a file, or a line of a .jsonl               load_documents
     stream      doc <EOT> doc <EOT> ...   one flat array of ids on disk,  prepare
                 memory-mapped; one for training, one held out
     window      T+1 consecutive ids of the stream, starting anywhere:     Batches
                 ... tail of a doc <EOT> whole doc <EOT> head of a doc ...
     row         an objective's T inputs and T targets for a window        objectives.py
-    batch       B rows as two int64 arrays (B, T), a pure function of (seed, step, rank): with no loader
-                state to save, a resumed run sees the same batches as an uninterrupted one
+    batch       B rows as two int64 arrays (B, T), a pure function of (seed, number): with no loader state to
+                save, a resumed run sees the same batches as an uninterrupted one
 
 Tokenizers run on tiktoken. The last five of the n_vocab ids are special: <EOT> <PRE> <SUF> <MID> <MASK>. No
 text encodes to them, since encoding never looks for them: the characters "<MID>" in a document are text.
@@ -18,6 +18,7 @@ import glob
 import gzip
 import hashlib
 import heapq
+import io
 import json
 import os
 import re
@@ -26,8 +27,9 @@ import sysconfig
 import tempfile
 import zlib
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +37,163 @@ import tiktoken
 from tqdm import tqdm
 
 GENERATED = ("markov", "relay", "records", "chains")  # --data names of lab/corpora.py
-SPECIALS = ("pre", "suf", "mid", "eot", "mask")
 HELD_OUT = 0.05
-LONGEST = 1 << 18  # characters encoded at a time: a million spaces in a row overflow tiktoken's stack
-MAX_WORDS = 1 << 20  # distinct words counted at a time in learning a vocabulary
-SKIP_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 # Standard library modules whose doctests lab/evaluate.py runs: --data stdlib leaves them out of training.
 EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress",
                       "statistics", "textwrap")
 
+
+# Documents
+
+def load_documents(source):
+    """The documents of a --data source (see source_files): list[str]. Raises OSError or ValueError."""
+    return [text for text, _ in read_files(source_files(source))]
+
+
+def source_files(source, cache_dir="cache"):
+    """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none.
+
+    A GENERATED corpus is written into a file in cache_dir first."""
+    paths = sysconfig.get_paths()
+    if source.partition(":")[0] in GENERATED:
+        from lab.corpora import write
+        return [write(source, cache_dir)]
+    if source == "stdlib":
+        root = Path(paths["stdlib"])
+        left_out = {root / f"{name}.py" for name in EVALUATION_MODULES}
+        return [f for f in files_below(root, SKIP_FOLDERS) if f.suffix == ".py" and f not in left_out]
+    if source == "site-packages":
+        roots = sorted({paths["purelib"], paths["platlib"]})
+        return [f for root in roots for f in files_below(root) if f.suffix == ".py"]
+    path = os.path.expanduser(source)
+    files = files_below(path) if os.path.isdir(path) else [Path(f) for f in [path, *wildcards(path)]
+                                                           if os.path.isfile(f)]
+    if not files:
+        raise OSError(f"--data {source}: no such file; expected stdlib, site-packages, "
+                      f"{', '.join(GENERATED)}, or a file, folder or glob")
+    return list({f.resolve(): f for f in sorted(files)}.values())  # a file with two names is read once
+
+
+def files_below(root, skip=("__pycache__",)):
+    """The sorted files in a folder and its subfolders."""
+    files = [Path(folder, name) for folder, names in folders_below(root, skip) for name in names]
+    return sorted(f for f in files if f.name[0] != "." and f.is_file())
+
+
+def folders_below(root, skip=("__pycache__",)):
+    """Yields (folder, names of its files) of a folder and its subfolders, linked ones too, hidden ones not. A
+    folder that several links lead to, or a link to a folder around it, comes once."""
+    seen = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real not in seen:
+            yield folder, names
+        subfolders[:] = [name for name in sorted(subfolders)
+                         if real not in seen and name not in skip and name[0] != "."]
+        seen.add(real)
+
+
+def wildcards(pattern):
+    """glob.glob, in which ** follows each link once."""
+    before, stars, after = pattern.partition("**/")
+    if not stars:
+        return glob.glob(pattern)
+    folders = [folder for root in glob.glob(before or ".") for folder, _ in folders_below(root)]
+    return [f for folder in folders for f in wildcards(os.path.join(glob.escape(folder), after))]
+
+
+def read_files(files, desc="reading"):
+    """Yields (text, key) of each document: str, the text never blank. A hash of key decides its side: key is
+    the text, or what a generated corpus has in its field "key".
+
+    Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
+    are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
+    skipped = []
+    for path in tqdm(files, desc=desc, unit="file", leave=False, disable=None if len(files) > 1 else True):
+        try:
+            for record in records_of(path) if kind_of(path) else [{"text": read_text(path)}]:
+                text = newlines(record["text"])
+                if text.strip():
+                    yield text, record.get("key", text)
+        except (ValueError, PermissionError) as error:
+            if len(files) == 1 or kind_of(path) == "lines":
+                raise
+            skipped.append(str(error).removeprefix("--data "))
+    if skipped and desc == "reading":
+        tqdm.write(f"skipped {len(skipped)} of {len(files)} files that are not readable UTF-8 text, "
+                   f"first {skipped[0]}")
+
+
+def newlines(text):
+    """A text with \\n for each line end. All text that a model sees, in training and in a prompt, has these."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def kind_of(path):
+    """lines: a file with a JSON object on each line; json; or None: text. Each may be packed as .gz."""
+    ending = Path(path.name.lower().removesuffix(".gz")).suffix
+    return {".jsonl": "lines", ".ndjson": "lines", ".json": "json"}.get(ending)
+
+
+def read_text(path):
+    """A file's text. Raises ValueError if it is not UTF-8 text, once the first MiB that is not has been read."""
+    blocks = []
+    with open_text(path) as f:
+        while block := f.read(1 << 20):
+            if "\0" in block:
+                raise ValueError(f"--data {path}: a binary file (it has NUL bytes), expected text")
+            blocks.append(block)
+    return "".join(blocks)
+
+
+@contextmanager
+def open_text(path, flag="--data"):
+    """A file as UTF-8 text, unpacked if it is a .gz. Raises ValueError, naming the flag, where it is not."""
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            yield f
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{flag} {path}: expected UTF-8 text, got {error}") from None
+
+
+def records_of(path):
+    """Yields the documents of a .jsonl or .json, each a dict with its "text" (or "content" in place of it)."""
+    for place, record in read_records(path, "--data"):
+        texts = [record.get(name) for name in ("text", "content")] if isinstance(record, dict) else []
+        texts = [text for text in texts if isinstance(text, str)]
+        if not texts:
+            raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
+        yield record | {"text": texts[0]}
+
+
+def read_records(path, flag):
+    """Yields (place, record) of a .jsonl or .ndjson, an object a line, or of a .json: a list, an object, or an
+    object a line. place: "line 3" or "record 3". Raises ValueError, naming flag, path and place."""
+    with open_text(path, flag) as f:
+        if kind_of(path) == "json":
+            text = f.read()
+            try:
+                records = json.loads(text)
+                records = records if isinstance(records, list) else [records]
+                yield from ((f"record {number}", record) for number, record in enumerate(records, 1))
+                return
+            except (ValueError, RecursionError):
+                f = io.StringIO(text)
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{flag} {path}: line {number} is not JSON ({error})") from None
+
+
+def lines_of(text):
+    """A text's lines, with their line ends. (str.splitlines would also cut at form feeds and the like.)"""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
+
+
+# Tokenizer
 
 class Tokenizer:
     """Byte-level BPE and five special ids.
@@ -54,8 +204,7 @@ class Tokenizer:
     """
     # One piece per match; tokens never cross pieces. A word includes one sign or space before it (".join",
     # " in", "_x"), signs include the line end after them ("):\n"), and a run of spaces stays together, except
-    # its last before a word, so that indentation is one token. The pattern must be valid both in Python's re
-    # (for learning) and in tiktoken's regex engine (for encoding).
+    # its last before a word, so that indentation is one token.
     PATTERN = r"(?:_|[^\r\n\w])?[^\W\d_]+|\d{1,3}| ?(?:_|[^\s\w])+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 
     def __init__(self, vocabulary, pattern=PATTERN):
@@ -63,13 +212,12 @@ class Tokenizer:
         self.vocabulary, self.pattern = vocabulary, pattern
         self._tiktoken = tiktoken.Encoding("nanogap", pat_str=pattern, special_tokens={},
                                            mergeable_ranks={text: i for i, text in enumerate(vocabulary)})
-        n = len(vocabulary)
         # <EOT> takes the id after the last merge, as GPT-2's <|endoftext|> does, so that the embeddings of
         # GPT-2's published weights keep their rows.
-        self.eot, self.pre, self.suf, self.mid, self.mask = range(n, n + len(SPECIALS))
-        self.specials = list(range(n, n + len(SPECIALS)))
-        self.n_vocab = n + len(SPECIALS)
-        self.n_bytes = np.array([len(text) for text in vocabulary] + [0] * len(SPECIALS))
+        n = len(vocabulary)
+        self.specials = self.eot, self.pre, self.suf, self.mid, self.mask = [*range(n, n + 5)]
+        self.n_vocab = n + 5
+        self.n_bytes = np.array([len(text) for text in vocabulary] + [0] * 5)
 
     @classmethod
     def bytes(cls):
@@ -81,17 +229,16 @@ class Tokenizer:
         """Learns a vocabulary of n ids (256 bytes and the special ids included) from an iterable of texts.
 
         n_vocab is below n if no pair is left to merge. Raises ValueError for an n out of range."""
-        if not 256 + len(SPECIALS) <= n <= 10**6:
-            raise ValueError(f"--vocab-size {n}: expected {256 + len(SPECIALS)} to {10**6}")
-        counts, rare = Counter(), 0
+        if not 261 <= n <= 10**6:
+            raise ValueError(f"--vocab-size {n}: expected 261 to {10**6}")
+        counts, n_read = Counter(), 0
         for text in texts:
-            for part, _ in cut(text):
-                counts.update([piece[:1000] for piece in re.findall(cls.PATTERN, part)])
-                while len(counts) > MAX_WORDS:  # bounds memory: drops rare words, as word2vec does
-                    rare += 1
-                    counts = Counter({piece: count for piece, count in counts.items() if count > rare})
+            counts.update(piece[:1000] for piece in re.findall(cls.PATTERN, text))
+            n_read += len(text)
+            if n_read > 2**28:  # more text would change few merges, and its rare words would fill memory
+                break
         counts = {piece.encode("utf-8", "surrogatepass"): count for piece, count in counts.items()}
-        return cls(learn_bpe(counts, n - len(SPECIALS)))
+        return cls(learn_bpe(counts, n - 5))
 
     @classmethod
     def gpt2(cls):
@@ -114,45 +261,24 @@ class Tokenizer:
         return cls([text.encode("latin-1") for text in plain["vocabulary"]], plain["pattern"])
 
     def encode(self, text):
-        if len(text) <= LONGEST:
-            return self._tiktoken.encode_ordinary(text)
-        return [i for part, _ in cut(text) for i in self._tiktoken.encode_ordinary(part)]
+        return [i for part in chunks(text) for i in self._tiktoken.encode_ordinary(part)]
 
     def encode_batch(self, texts):
-        """list[str] -> list[list[int]], in parallel."""
-        if any(len(text) > LONGEST for text in texts):
-            return [self.encode(text) for text in texts]
+        """list[str], each of at most a chunk -> list[list[int]], in parallel."""
         return self._tiktoken.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):
         return self._tiktoken.decode_bytes([i for i in ids if i < self.eot])
 
-    def decode(self, ids):
-        return self.decode_bytes(ids).decode("utf-8", "replace")
-
-    def whole_characters(self, ids):
-        """ids, a list of text ids -> the slice without tokens at either end that hold part of a character."""
-        start, end = 0, len(ids)
-        while start < end and self.vocabulary[ids[start]][0] & 0xC0 == 0x80:  # 10xxxxxx: inside a character
-            start += 1
-        for last in range(end, max(start, end - 4), -1):  # a character is at most four bytes
-            try:
-                self.decode_bytes(ids[start:last]).decode("utf-8")
-                return slice(start, last)
-            except UnicodeDecodeError:
-                continue
-        return slice(start, start)
+    def decode(self, ids, errors="replace"):
+        """errors: what becomes of a character whose bytes are not all there, as in bytes.decode."""
+        return self.decode_bytes(ids).decode("utf-8", errors)
 
 
-def cut(text):
-    """Yields (part, is_last): a text in parts of at most LONGEST characters, each cut after the last line end
-    in its second half, if there is one."""
-    start = 0
-    while len(text) - start > LONGEST:
-        end = text.rfind("\n", start + LONGEST // 2, start + LONGEST) + 1 or start + LONGEST
-        yield text[start:end], False
-        start = end
-    yield text[start:], True
+def chunks(text, size=1 << 18):
+    """A text in parts of at most size characters, cut after line ends where it has any: tiktoken's stack
+    overflows at a million spaces."""
+    return re.findall(rf"(?s).{{1,{size - 1}}}(?:\n|\Z)|.{{1,{size}}}", text)
 
 
 def learn_bpe(counts, n):
@@ -161,10 +287,7 @@ def learn_bpe(counts, n):
 
     counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most
     frequent pair of neighbours (ties: the smaller ids), from left to right in each piece, into one id, whose
-    entry is the joined bytes of both. A pair counts wherever it stands, overlapping or not: twice in b"aaa".
-
-    For speed, pair counts are updated where a merge changes a word, and a heap holds (-count, pair); an entry
-    popped with an outdated count is pushed back with the true one."""
+    entry is the joined bytes of both. A pair counts wherever it stands, overlapping or not: twice in b"aaa"."""
     words, frequency = [list(piece) for piece in counts], list(counts.values())
     vocabulary = [bytes([i]) for i in range(256)]
     pair_count, words_with = Counter(), defaultdict(set)
@@ -172,171 +295,47 @@ def learn_bpe(counts, n):
         for pair in pairwise(word):
             pair_count[pair] += frequency[w]
             words_with[pair].add(w)
-    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heap = [(-count, pair) for pair, count in pair_count.items()]  # the most frequent pair comes first
     heapq.heapify(heap)
-    with tqdm(total=n, initial=256, desc="learning the vocabulary", unit="token", leave=False) as bar:
-        while len(vocabulary) < n and heap:
-            count, pair = heapq.heappop(heap)
-            if -count != pair_count[pair]:
-                if pair_count[pair]:
-                    heapq.heappush(heap, (-pair_count[pair], pair))
-                continue
-            if count == 0:
-                break
-            (a, b), new = pair, len(vocabulary)
-            vocabulary.append(vocabulary[a] + vocabulary[b])
-            bar.update()
-            grown = set()
-            for w in words_with.pop(pair):
-                word, f = words[w], frequency[w]
-                i = 0
-                while i < len(word) - 1:
-                    if word[i] != a or word[i + 1] != b:
-                        i += 1
-                        continue
-                    neighbours = []
-                    if i > 0:
-                        neighbours.append(((word[i - 1], a), (word[i - 1], new)))
-                    if i + 2 < len(word):
-                        neighbours.append(((b, word[i + 2]), (new, word[i + 2])))
-                    for old, grow in neighbours:
-                        pair_count[old] -= f
-                        pair_count[grow] += f
-                        words_with[grow].add(w)
-                        grown.add(grow)
+    while len(vocabulary) < n and heap:
+        count, (a, b) = heapq.heappop(heap)
+        if -count != pair_count[a, b] or count == 0:  # outdated: the pair's count has changed since
+            continue
+        new, change = len(vocabulary), Counter()
+        vocabulary.append(vocabulary[a] + vocabulary[b])
+        for w in words_with.pop((a, b)):
+            word, i = words[w], 0
+            for pair in pairwise(word):
+                change[pair] -= frequency[w]
+            while i < len(word) - 1:
+                if word[i] == a and word[i + 1] == b:
                     word[i:i + 2] = [new]
-                    i += 1
-            del pair_count[pair]
-            for pair in grown:
-                heapq.heappush(heap, (-pair_count[pair], pair))
+                i += 1
+            for pair in pairwise(word):
+                change[pair] += frequency[w]
+                words_with[pair].add(w)
+        for pair in change:
+            pair_count[pair] += change[pair]
+            heapq.heappush(heap, (-pair_count[pair], pair))
     return vocabulary
 
 
-def source_files(source, cache_dir="cache"):
-    """The sorted files of a --data source: stdlib, site-packages, a file, folder or glob. OSError if none.
+# Token stream
 
-    A GENERATED corpus is written into a file in cache_dir first."""
-    if source.partition(":")[0] in GENERATED:
-        from lab.corpora import write
-        return [write(source, cache_dir)]
-    paths = sysconfig.get_paths()
-    if source == "stdlib":
-        root = Path(paths["stdlib"])
-        kept_out = {root / f"{name}.py" for name in EVALUATION_MODULES}
-        return [f for f in python_files(root, SKIP_FOLDERS) if f not in kept_out]
-    if source == "site-packages":
-        roots = sorted({Path(paths["purelib"]), Path(paths["platlib"])})
-        return [f for root in roots for f in python_files(root, {"__pycache__"})]
-    if "\0" in source:
-        raise OSError(f"--data {source!r}: a path cannot hold a NUL character")
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and not any(
-            part.startswith(".") or part == "__pycache__" for part in f.relative_to(path).parts))
-        if not files and not os.access(path, os.R_OK | os.X_OK):
-            raise OSError(f"--data {source}: no permission to read this folder")
-    elif path.exists():
-        files = [path]
-    else:
-        files = sorted(Path(f) for f in glob.glob(str(path), recursive=True) if os.path.isfile(f))
-    if not files:
-        raise OSError(f"--data {source}: no such file; expected stdlib, site-packages, "
-                      f"{', '.join(GENERATED)}, or a file, folder or glob")
-    return files
-
-
-def python_files(root, skip):
-    """The sorted .py files under a folder, without those in subfolders whose names are in skip."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in skip]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files)
-
-
-def iter_documents(source, files=None, desc="reading"):
-    """Yields a source's documents: str, never blank. Each line of a .jsonl is one, its "text" or "content".
-
-    Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
-    are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
-    files = files or source_files(source)
-    skipped = []
-    for path in tqdm(files, desc=desc, unit="file", leave=False, disable=len(files) < 2):
-        is_jsonl = path.name.removesuffix(".gz").endswith(".jsonl")
-        try:
-            yield from filter(str.strip, jsonl_documents(path) if is_jsonl else [read_text(path)])
-        except (ValueError, PermissionError) as error:
-            if len(files) == 1 or is_jsonl:
-                raise
-            skipped.append(str(error).removeprefix("--data "))
-    if skipped and desc == "reading":
-        tqdm.write(f"skipped {len(skipped)} of {len(files)} files that are not readable UTF-8 text, "
-                   f"first {skipped[0]}")
-
-
-def read_text(path):
-    """A file's text, unpacked if the file is a .gz. Raises ValueError if it is not readable UTF-8 text."""
-    if not path.is_file():
-        raise ValueError(f"--data {path}: not a regular file")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            text = f.read()
-    except PermissionError:
-        raise ValueError(f"--data {path}: no permission to read it") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"--data {path}: expected UTF-8 text, got {error}") from None
-    if "\0" in text:
-        raise ValueError(f"--data {path}: a binary file (it has NUL bytes), expected text")
-    return text
-
-
-def jsonl_documents(path):
-    for place, record in read_records(path, "--data"):
-        text = record.get("text", record.get("content")) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
-        yield text
-
-
-def read_records(path, flag):
-    """Yields (place, record) of a .jsonl, or of a .json that is one list; either may be a .gz.
-
-    place: "line 3" or "record 3". Raises ValueError, naming flag, path and place, if the file is damaged."""
-    path, unit, number = Path(path), "line", 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
-            if path.name.removesuffix(".gz").endswith(".json"):
-                unit = "record"
-                for number, record in enumerate(json.load(f), 1):
-                    yield f"record {number}", record
-            else:
-                for number, line in enumerate(f, 1):
-                    if line.strip():
-                        yield f"line {number}", json.loads(line)
-    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{flag} {path}: cannot be read after {unit} {number} ({error})") from None
-    except (ValueError, RecursionError) as error:  # a plain ValueError: an integer of thousands of digits
-        raise ValueError(f"{flag} {path}: {unit} {number or 1} is not JSON ({error})") from None
-
-
-def load_documents(source):
-    """The documents of a source (see source_files): list[str]. Raises OSError or ValueError."""
-    return list(iter_documents(source))
-
-
-def is_held_out(text):
-    """True for 5% of documents, by a hash of the text."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+def is_held_out(key):
+    """True for 5% of documents, by a hash of their text (or of the key in its place)."""
+    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
 
 
-def _split(documents, held_out):
-    """Yields (text, is it held out); held_out: is_held_out of each document. If all documents fall on one
-    side, as with a single book, the last 5% of each is held out instead, from a line start if one is near."""
-    has_both = len(set(held_out)) == 2
-    for text, is_out in zip(documents, held_out):
-        if has_both:
-            yield text, is_out
+def hold_out(documents, whole=True):
+    """(text, key) of documents -> yields (text, is it held out). No text changes sides; copies share a side.
+
+    whole=False, for a corpus whose documents are all on one side, such as a single book: the last 5% of each
+    document are held out instead, from a line start if one is near."""
+    for text, key in documents:
+        if whole:
+            yield text, is_held_out(key)
         else:
             end = int(len(text) * (1 - HELD_OUT))
             end = text.rfind("\n", end * 9 // 10, end) + 1 or end
@@ -344,137 +343,80 @@ def _split(documents, held_out):
             yield text[end:], True
 
 
-def split_documents(docs):
-    """list[str] -> (train, held_out), by the text alone: no text changes sides, and copies share a side."""
-    parts = [part for part in _split(docs, [is_held_out(text) for text in docs]) if part[0]]
-    return [text for text, is_out in parts if not is_out], [text for text, is_out in parts if is_out]
-
-
 def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache", tok=None):
-    """Documents -> (Tokenizer, training stream, held-out stream), the streams as memory-mapped arrays of ids.
+    """Documents -> (Tokenizer, training stream, held-out stream, name): two memory-mapped arrays of ids, and
+    the name of the cache folder, which is a hash of the documents and of the settings.
 
-    tokenizer: bpe, bytes or gpt2; or give a Tokenizer as tok. The result is cached under a hash of the files'
-    contents and the settings, written whole or not at all, and written again if damaged. Documents are
-    streamed: memory does not grow with the corpus. Raises ValueError or OSError."""
+    tokenizer: bpe, bytes or gpt2; or give a Tokenizer as tok. Documents are read from the disk again for each
+    pass over them: memory does not grow with the corpus. Raises ValueError or OSError."""
     files = source_files(source, cache_dir)
-    settings = tok.to_dict() if tok else [tokenizer, vocab_size if tokenizer == "bpe" else None]
-    digest = hashlib.sha256(json.dumps([2, settings]).encode())
-    for path in tqdm(files, desc="checking the cache", unit="file", leave=False, disable=len(files) < 2):
-        if path.is_file() and os.access(path, os.R_OK):
-            with open(path, "rb") as f:
-                while block := f.read(1 << 20):
-                    digest.update(block)
-        digest.update(repr(path.suffixes).encode())  # a .txt is not read as a .jsonl is
-    folder = Path(cache_dir, digest.hexdigest()[:16])
-    try:
-        return _load_streams(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    held_out = [is_held_out(text) for text in iter_documents(source, files)]
-    if not held_out:
+    settings = tok.to_dict() if tok else [tokenizer, vocab_size, Tokenizer.PATTERN]
+    digest, sides = hashlib.sha256(json.dumps(settings).encode()), set()
+    for text, key in read_files(files):
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        sides.add(is_held_out(key))
+    if not sides:
         raise ValueError(f"--data {source}: no text in it")
+    name = digest.hexdigest()[:16]
+    folder = Path(cache_dir, name)
 
-    def parts(desc):
-        return (part for part in _split(iter_documents(source, files, desc), held_out) if part[0])
+    def texts(held_out, desc):
+        return (text for text, is_out in hold_out(read_files(files, desc), len(sides) == 2)
+                if is_out == held_out and text)
 
-    if tok is None:
-        texts = (text for text, is_out in parts("counting words") if not is_out)
-        tok = make_tokenizer(tokenizer, vocab_size, texts)
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache_dir))
-    try:
-        _write_streams(temporary, tok, parts("encoding"))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return _load_streams(folder)
+    if not folder.is_dir():
+        tok = tok or make_tokenizer(tokenizer, vocab_size, texts(False, "learning the vocabulary"))
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=cache_dir))
+        try:
+            (temporary / "tokenizer.json").write_text(json.dumps(tok.to_dict()))
+            write_stream(temporary / "train", tok, texts(False, "encoding"))
+            write_stream(temporary / "held_out", tok, texts(True, "encoding"))
+            os.rename(temporary, folder)  # the cache is there whole or not at all
+        except OSError:
+            if not folder.is_dir():  # else another run was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    tok = Tokenizer.from_dict(json.loads((folder / "tokenizer.json").read_text()))
+    streams = [np.memmap(path, dtype_of(tok), "r") if path.stat().st_size else np.zeros(0, dtype_of(tok))
+               for path in (folder / "train", folder / "held_out")]
+    return tok, *streams, name
 
 
 def make_tokenizer(name, vocab_size, texts):
-    """name: bpe (learned from the texts), bytes or gpt2 -> Tokenizer. Raises ValueError for another name."""
-    makers = {"bpe": lambda: Tokenizer.train(texts, vocab_size), "bytes": Tokenizer.bytes,
-              "gpt2": Tokenizer.gpt2}
-    if name not in makers:
-        raise ValueError(f"--tokenizer {name}: expected one of {', '.join(makers)}")
-    return makers[name]()
+    """name: bpe (learned from the texts), bytes or gpt2 -> Tokenizer."""
+    return {"bpe": lambda: Tokenizer.train(texts, vocab_size), "bytes": Tokenizer.bytes,
+            "gpt2": Tokenizer.gpt2}[name]()
 
 
-def _write_streams(folder, tok, documents):
-    dtype = np.dtype("<u2" if tok.n_vocab <= 2**16 else "<u4")
-    meta = {"dtype": dtype.str, "tokenizer": tok.to_dict(), "train": [0, 0], "held_out": [0, 0]}
-
-    def write(parts, name, f):
-        texts, ends = zip(*parts) if parts else ((), ())
-        ids = []
-        for part, is_last in zip(tok.encode_batch(texts), ends):
-            ids += [*part, tok.eot] if is_last else part
-        block = np.array(ids, dtype).tobytes()
-        f.write(block)
-        length, checksum = meta[name]
-        meta[name] = [length + len(ids), zlib.crc32(block, checksum)]
-
-    with open(folder / "train", "wb") as train, open(folder / "held_out", "wb") as held_out:
-        sides = {False: ("train", train), True: ("held_out", held_out)}
-        waiting = {False: [], True: []}
-        for text, is_out in documents:
-            for part in cut(text):
-                waiting[is_out].append(part)
-                if sum(len(text) for text, _ in waiting[is_out]) > 1 << 20:
-                    write(waiting[is_out], *sides[is_out])
-                    waiting[is_out] = []
-        for is_out, parts in waiting.items():
-            write(parts, *sides[is_out])
-    meta = json.dumps(meta)
-    (folder / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
+def write_stream(path, tok, texts):
+    """Writes doc <EOT> doc <EOT> ... into a file of 16-bit ids, or 32-bit ones for a large vocabulary."""
+    parts = (part for text in texts for part in [*chunks(text), None])  # None: the document ends here
+    with open(path, "wb") as f:
+        while block := list(islice(parts, 64)):
+            encoded = iter(tok.encode_batch([part for part in block if part]))
+            ids = [i for part in block for i in (next(encoded) if part else [tok.eot])]
+            np.array(ids, dtype_of(tok)).tofile(f)
 
 
-def _load_streams(folder):
-    checksum, meta = (folder / "meta.json").read_text().split("\n")
-    if zlib.crc32(meta.encode()) != int(checksum):
-        raise ValueError(f"{folder / 'meta.json'} is damaged")
-    meta, streams = json.loads(meta), []
-    for name in ("train", "held_out"):
-        length, checksum = meta[name]
-        if length == 0:
-            streams.append(np.zeros(0, meta["dtype"]))
-            continue
-        stream = np.memmap(folder / name, meta["dtype"], "r")
-        actual = 0
-        for start in range(0, len(stream), 1 << 22):
-            actual = zlib.crc32(stream[start:start + (1 << 22)], actual)
-        if (len(stream), actual) != (length, checksum):
-            raise ValueError(f"{folder / name} is damaged")
-        streams.append(stream)
-    return Tokenizer.from_dict(meta["tokenizer"]), *streams
+def dtype_of(tok):
+    return np.dtype("<u2" if tok.n_vocab <= 2**16 else "<u4")
 
 
-def split_lines(text):
-    """A text's lines, with their line ends. (str.splitlines would also cut at form feeds and the like.)"""
-    return [line for line in re.split(r"(?<=\n)", text) if line]
-
-
-def text_rows(stream, T, n):
-    """Up to n rows of left-to-right text, (inputs, targets), each (T,) int64: evenly spaced windows, the same
-    for every model of context T."""
-    n = min((len(stream) - 1) // T, max(1, n))
-    starts = np.linspace(0, len(stream) - 1 - T, max(0, n)).astype(int)
-    windows = (stream[start:start + T + 1] for start in starts)
-    return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)
-
+# Windows, rows, batches
 
 class Batches:
-    """batch(step) -> (inputs, targets), int64 arrays (B, T), a pure function of (seed, step, rank).
+    """batch(number) -> (inputs, targets), int64 arrays (B, T), a pure function of (seed, number).
 
-    objective(window, tok, rng) turns a window, ids (T+1,), into a row. Rows are numbered over the whole run:
-    step s of rank r holds row (s * world + r) * B and the B - 1 after it, so one process that accumulates two
-    batches sees the rows of two processes with one batch each. An epoch has (len(stream) - T) // T windows;
-    its phase in [0, T), the offset of its first window, and its permutation of the windows are drawn from
-    (seed, epoch). Raises ValueError if the stream is shorter than 2T tokens."""
+    objective(window, tok, rng) turns a window, ids (T+1,), into a row. Batch number holds rows number * B to
+    number * B + B - 1, counted over the whole run. An epoch has (len(stream) - T) // T windows; its phase in
+    [0, T), the offset of its first window, and its permutation of the windows are drawn from (seed, epoch).
+    Raises ValueError if the stream is shorter than 2T tokens."""
 
-    def __init__(self, stream, objective, tok, block_size, batch_size, seed, rank=0, world=1):
+    def __init__(self, stream, objective, tok, block_size, batch_size, seed):
         self.stream, self.objective, self.tok = stream, objective, tok
-        self.T, self.B, self.seed, self.rank, self.world = block_size, batch_size, seed, rank, world
+        self.T, self.B, self.seed = block_size, batch_size, seed
         self.n_windows = (len(stream) - block_size) // block_size
         if self.n_windows < 1:
             raise ValueError(f"the training text has {len(stream):,} tokens, expected at least "
@@ -487,11 +429,11 @@ class Batches:
         return rng.integers(self.T), rng.permutation(self.n_windows)
 
     def describe(self):
-        bytes_a_token = self.tok.n_bytes[self.stream[:2**20]].mean()
-        return f"{len(self.stream):,} tokens to train on, {bytes_a_token:.2f} bytes a token"
+        bytes_per_token = self.tok.n_bytes[self.stream[:2**20]].mean()
+        return f"{len(self.stream):,} tokens to train on, {bytes_per_token:.2f} bytes per token"
 
     def window(self, index):
-        """ids (T+1,) of window number index, counted over all steps, ranks and rows of the run."""
+        """ids (T+1,) of window number index, counted over the whole run."""
         phase, order = self.epoch(index // self.n_windows)
         start = phase + order[index % self.n_windows] * self.T
         return np.asarray(self.stream[start:start + self.T + 1], np.int64)
@@ -499,6 +441,15 @@ class Batches:
     def row(self, index):
         return self.objective(self.window(index), self.tok, np.random.default_rng([self.seed, index, 1]))
 
-    def batch(self, step):
-        first = (step * self.world + self.rank) * self.B
-        return tuple(np.stack(part) for part in zip(*map(self.row, range(first, first + self.B))))
+    def batch(self, number):
+        rows = map(self.row, range(number * self.B, (number + 1) * self.B))
+        return tuple(np.stack(part) for part in zip(*rows))
+
+
+def text_rows(stream, T, n):
+    """Up to n rows of left-to-right text, (inputs, targets), each (T,) int64: evenly spaced windows, the same
+    for every model of context T."""
+    n = min((len(stream) - 1) // T, max(1, n))
+    starts = np.linspace(0, len(stream) - 1 - T, max(0, n)).astype(int)
+    windows = (stream[start:start + T + 1] for start in starts)
+    return ((window[:-1].astype(np.int64), window[1:].astype(np.int64)) for window in windows)

@@ -20,7 +20,7 @@ IGNORE = -1  # targets with this value are excluded from the loss; objectives.IG
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError for a value out of range or values that do not fit together."""
+    """The shape of a model. Raises ValueError for values that do not fit together."""
     vocab_size: int
     block_size: int = 256        # T, the longest context
     n_layer: int = 4
@@ -32,24 +32,15 @@ class GPTConfig:
     qk_norm: bool = True
     token_shift: bool = True     # attention and MLP read a quarter of their input from the previous token
     tied: bool = True            # the output layer shares the token embedding's weights
-    gelu: str = "none"           # exact, or tanh: GPT-2's approximation, three times slower on a CPU
+    gelu: str = "exact"          # or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: expected 0 to below 1")
-        for name, choices in (("position", ("rope", "learned")), ("gelu", ("none", "tanh")),
-                              ("attention", ("fused", "manual"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} {getattr(self, name)}: expected one of {', '.join(choices)}")
         if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"head size n_embd / n_head = {self.n_embd // self.n_head}: expected an even "
-                             "number for rope")
+            raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: expected an even head size, "
+                             "since rotary positions rotate pairs")
 
 
 class GPT(nn.Module):
@@ -89,20 +80,23 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the model's context of {self.config.block_size}")
         x = self.transformer.wte(idx)                                           # (B, T, C)
+        rotations = None
         if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[start:end]
-            rotations = None
         else:
             rotations = self.rotations[:, start:end, None]                      # (2, T, 1, D)
         x = self.transformer.drop(x)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, rotations, cache.layers[i] if cache else None)
+        for block in self.transformer.h:
+            x = block(x, rotations, cache)
         logits = self.lm_head(self.transformer.ln_f(x))                         # (B, T, V)
         if cache:
             cache.length = end
         if targets is None:
             return logits, None
-        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
+        # In fp32 also under bf16 arithmetic: the sum over V terms needs more than bf16's 8 bits.
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE,
+                               reduction="sum")
+        return logits, nats / (targets != IGNORE).sum().clamp(min=1)  # a batch may hold no target at all
 
     def n_params(self, embedding=True):
         """The number of parameters, shared ones once. embedding=False: without wte, wpe and lm_head."""
@@ -123,11 +117,11 @@ class Block(nn.Module):
     def forward(self, x, rotations, cache):
         for_attn = self.ln_1(x)                                                 # (B, T, C)
         if self.token_shift:
-            for_attn = shift_tokens(for_attn, cache, "for_attn")
+            for_attn = shift_tokens(for_attn, cache, (self, "for_attn"))
         x = x + self.attn(for_attn, rotations, cache)
         for_mlp = self.ln_2(x)
         if self.token_shift:
-            for_mlp = shift_tokens(for_mlp, cache, "for_mlp")
+            for_mlp = shift_tokens(for_mlp, cache, (self, "for_mlp"))
         return x + self.mlp(for_mlp)
 
 
@@ -156,17 +150,15 @@ class SelfAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)       # each (B, H, T, D)
         if self.config.qk_norm:
             q = q * self.gain.to(q.dtype).view(-1, 1, 1)                        # one gain per head
-        if cache is not None:
-            k, v = cache.store("k", k), cache.store("v", v)                     # (B, H, S, D), S >= T
+        if cache:
+            k, v = cache.store((self, "k"), k), cache.store((self, "v"), v)     # (B, H, S, D), S >= T
         dropout = self.config.dropout if self.training else 0.0
         if self.config.attention == "manual":
             y, weights = causal_attention(q, k, v, dropout)
             self.weights = None if self.training else weights                   # (B, H, T, S), for inspection
-        elif T == k.shape[2]:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
-            mask = causal_mask(T, k.shape[2], q) if T > 1 else None
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            mask = None if T in (1, k.shape[2]) else causal_mask(T, k.shape[2], q)
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == k.shape[2])
         return self.drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -190,70 +182,27 @@ def causal_mask(T, S, like):
     return torch.full((T, S), float("-inf"), dtype=like.dtype, device=like.device).triu(S - T + 1)
 
 
-def shift_tokens(x, cache=None, name=""):
-    """x (B, T, C) -> x with its first C / 4 channels taken from the previous token (RWKV, Peng et al., 2023).
-
-    Each position then knows which token precedes it, so attention can find "the first token after <PRE>" or
-    "what followed this word before" in one layer instead of two. name: the cache's key for x's channels."""
-    T, quarter = x.shape[1], x.shape[-1] // 4
-    moving = cache.store(name, x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
-    shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving[:, :-1], (0, 0, 1, 0))
-    return torch.cat((shifted, x[..., quarter:]), dim=-1)
-
-
-def cross_entropy(logits, targets):
-    """Mean cross-entropy in nats of logits (N, V) against targets (N,), without those that are IGNORE.
-
-    The logits are by far the largest array of a step. Neither torch.compile, which fuses the sum below, nor
-    CrossEntropy stores them in fp32."""
-    if torch.compiler.is_compiling():
-        total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
-        return total / (targets != IGNORE).sum().clamp(min=1)
-    return CrossEntropy.apply(logits, targets)
-
-
-class CrossEntropy(torch.autograd.Function):
-    """cross_entropy with its gradient by hand, in a fifth of the time of torch's own on a CPU: probabilities
-    are computed in fp32, a few rows at a time; only the gradient is stored, in the logits' own type."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        kept = targets != IGNORE
-        n = kept.sum().clamp(min=1)
-        loss = torch.zeros((), device=logits.device)
-        gradient = torch.empty_like(logits)
-        rows = 2048 if logits.device.type == "cuda" else 256  # 2048 keep a GPU busy; 256 fit a CPU's cache
-        slices = zip(*(part.split(rows) for part in (logits, targets, kept, gradient)))
-        for logits_slice, target, keep, out in slices:
-            target = target.clamp(min=0)[:, None]
-            x = logits_slice.float()                                            # (rows, V)
-            p = F.softmax(x, dim=-1)
-            log_z = x.amax(dim=1) - p.amax(dim=1).log()                         # log sum exp x = x - log p
-            loss += ((log_z - x.gather(1, target)[:, 0]) * keep).sum()
-            # d loss / d logits = (softmax(logits) - one_hot(target)) / n
-            p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-            out.copy_(p.mul_((keep / n)[:, None]))
-        ctx.save_for_backward(gradient)
-        return loss / n
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        if torch.is_grad_enabled():  # create_graph=True: the kept gradient is a constant, with derivative 0
-            raise RuntimeError("cross_entropy has no second derivative")
-        gradient, = ctx.saved_tensors
-        return gradient.mul_(grad_loss), None
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gelu = config.gelu
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+        return self.drop(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
+
+
+def shift_tokens(x, cache, key):
+    """x (B, T, C) -> x with its first C / 4 channels taken from the previous token (RWKV, Peng et al., 2023).
+
+    Each position then knows which token precedes it, so attention can find "the first token after <PRE>" or
+    "what followed this word before" in one layer instead of two. key: of x in the cache, if there is one."""
+    T, quarter = x.shape[1], x.shape[-1] // 4
+    moving = cache.store(key, x[..., :quarter]) if cache else x[..., :quarter]  # (B, S, C / 4), S >= T
+    shifted = moving[:, -T - 1:-1] if moving.shape[1] > T else F.pad(moving[:, :-1], (0, 0, 1, 0))
+    return torch.cat((shifted, x[..., quarter:]), dim=-1)
 
 
 def rope_rotations(T, D):
@@ -279,31 +228,21 @@ def rotate(x, rotations):
 class KVCache:
     """The keys and values computed so far, so that a new token needs a pass over one position, not all.
 
-    length: the number of tokens in the cache, at most block_size. Lowering length drops the last tokens."""
+    length: the number of tokens in the cache, at most block_size. Lowering length drops the last tokens.
+    parts: k and v of each layer, (B, H, block_size, D), and what its token shifts read, (B, block_size,
+    C / 4). Each is allocated whole at first use; a new token is written in its place."""
 
     def __init__(self, config):
-        self.block_size, self.length = config.block_size, 0
-        self.layers = [LayerCache(self) for _ in range(config.n_layer)]
+        self.block_size, self.length, self.parts = config.block_size, 0, {}
+
+    def store(self, key, new):
+        """Stores new (..., T, D), of the T tokens after the S in the cache -> (..., S + T, D), of all."""
+        S, T = self.length, new.shape[-2]
+        if key not in self.parts:
+            self.parts[key] = new.new_empty(*new.shape[:-2], self.block_size, new.shape[-1])
+        self.parts[key].narrow(-2, S, T).copy_(new)
+        return self.parts[key].narrow(-2, 0, S + T)
 
     def repeat(self, n):
         """Repeats each row n times, side by side, so that n samples share one pass over their prompt."""
-        for layer in self.layers:
-            layer.parts = {name: part.repeat_interleave(n, 0) for name, part in layer.parts.items()}
-
-
-class LayerCache:
-    """One layer's k and v, each (B, H, block_size, D), and shift_tokens' for_attn and for_mlp, each
-    (B, block_size, C / 4).
-
-    Each is allocated whole at first use; a new token is written in its place, without copying the others."""
-
-    def __init__(self, cache):
-        self.cache, self.parts = cache, {}
-
-    def store(self, name, new):
-        """Stores new (..., T, D), of the T tokens after the S in the cache -> (..., S + T, D), of all."""
-        S, T = self.cache.length, new.shape[-2]
-        if name not in self.parts:
-            self.parts[name] = new.new_empty(*new.shape[:-2], self.cache.block_size, new.shape[-1])
-        self.parts[name].narrow(-2, S, T).copy_(new)
-        return self.parts[name].narrow(-2, 0, S + T)
+        self.parts = {key: part.repeat_interleave(n, 0) for key, part in self.parts.items()}

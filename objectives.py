@@ -7,9 +7,9 @@
            NTP on text whose middle is moved to the end
 
            PSM            <PRE> prefix <SUF> suffix <MID> middle <EOT>
-           SPM swapped    <PRE> suffix <SUF> prefix <MID> middle <EOT>
-           SPM labelled   <SUF> suffix <PRE> prefix <MID> middle <EOT>    variant 1 of the paper's appendix D
-           SPM joint      <PRE> <SUF> suffix <MID> prefix middle <EOT>    variant 2, which the paper trains
+           SPM joint      <PRE> <SUF> suffix <MID> prefix middle <EOT>    what the paper trains: appendix D's
+           SPM labelled   <SUF> suffix <PRE> prefix <MID> middle <EOT>    second variant, and its first
+           SPM swapped    <PRE> suffix <SUF> prefix <MID> middle <EOT>    as a well-known summary writes SPM
 
     SFT    supervised fine-tuning on pairs: prompt <MID> answer <EOT>, loss on the answer and its <EOT> alone
 
@@ -19,28 +19,17 @@ tok is a data.Tokenizer, rng a numpy Generator. The keyword-only knobs are flags
 --mask-ratio); a bad value raises ValueError. `python objectives.py` draws one text under every objective.
 """
 import inspect
-from functools import partial
 
 import numpy as np
 
 IGNORE = -1  # a target that is excluded from the loss
+SPM_LAYOUTS = ("swapped", "labelled", "joint")
+SPANS = ("char", "token", "line")
 
 
 def ntp(ids, tok, rng):
     """Next-token prediction: the target at each position is the token that follows it."""
     return ids[:-1], ids[1:]
-
-
-def mask(inputs, ratio, tok, rng):
-    """inputs (T,) -> a copy with exactly int(T * ratio) ordinary tokens, drawn uniformly, replaced by <MASK>.
-
-    Special tokens are never masked. With fewer ordinary tokens than int(T * ratio), each one is masked.
-    Raises ValueError for a ratio outside 0 to 1."""
-    check_range("mask_ratio", ratio, 0, 1)
-    ordinary = np.flatnonzero(~np.isin(inputs, tok.specials))
-    masked = inputs.copy()
-    masked[rng.permutation(ordinary)[:int(len(inputs) * ratio)]] = tok.mask
-    return masked
 
 
 def meap(ids, tok, rng, *, mask_ratio=0.15):
@@ -49,12 +38,95 @@ def meap(ids, tok, rng, *, mask_ratio=0.15):
     return mask(inputs, mask_ratio, tok, rng), targets
 
 
-def fim_prompt(prefix, suffix, tok, order="psm", spm_layout="swapped"):
-    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3).
+def mask(inputs, ratio, tok, rng):
+    """inputs (T,) -> a copy with exactly int(T * ratio) ordinary tokens, drawn uniformly, replaced by <MASK>.
 
-    Raises ValueError for another order or layout."""
-    check_choice("order", order, ORDERS)
+    Special tokens are never masked. With fewer ordinary tokens than int(T * ratio), each one is masked."""
+    check_range("mask_ratio", ratio, 0, 1)
+    ordinary = np.flatnonzero(~np.isin(inputs, tok.specials))
+    masked = inputs.copy()
+    masked[rng.permutation(ordinary)[:int(len(inputs) * ratio)]] = tok.mask
+    return masked
+
+
+def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char", max_document_tokens=0):
+    """Context-level FIM (FIM, section 3.2): each document in the window, whole or in part, becomes a FIM
+    example with probability fim_rate, in SPM order with probability spm_rate. Loss is on every token.
+
+    Raises ValueError for a knob out of its range, and where PSM and SPM examples could not be told apart."""
+    check_range("fim_rate", fim_rate, 0, 1)
+    check_range("spm_rate", spm_rate, 0, 1)
     check_choice("spm_layout", spm_layout, SPM_LAYOUTS)
+    check_choice("span", span, SPANS)
+    if spm_layout == "swapped" and 0 < spm_rate < 1:
+        raise ValueError(f"spm_layout swapped: expected joint or labelled with spm_rate {spm_rate}, since "
+                         "PSM of (prefix, suffix) and swapped SPM of (suffix, prefix) are the same ids")
+    row = []
+    for document in documents_in(ids, tok, rng, max_document_tokens):
+        if rng.random() < fim_rate:
+            order = "spm" if rng.random() < spm_rate else "psm"
+            document = fim_row(document, tok, rng, order, spm_layout, span)
+        row += document
+    return ntp(np.array(row), tok, rng)
+
+
+def documents_in(ids, tok, rng, max_document_tokens=0):
+    """Yields each document in ids as a list of ids. An <EOT> belongs to the document that it ends; the window
+    may cut the first and the last.
+
+    With max_document_tokens N > 0 a longer document is cut into several: lengths are uniform from N/4 to N."""
+    if max_document_tokens:
+        check_range("max_document_tokens", max_document_tokens, 16, 10**9)
+    start, least = 0, max_document_tokens // 4
+    for end in (*(np.flatnonzero(ids == tok.eot) + 1).tolist(), len(ids)):
+        while max_document_tokens and end - start > max_document_tokens:
+            length = int(rng.integers(least, max_document_tokens + 1))
+            length = min(length, end - start - least)  # leaves N/4 or more for the rest
+            yield ids[start:start + length].tolist()
+            start += length
+        if start < end:
+            yield ids[start:end].tolist()
+        start = end
+
+
+def fim_row(document, tok, rng, order, spm_layout, span):
+    """The ids of a document -> the FIM example that takes its place, exactly as long."""
+    text = document[:-1] if document[-1] == tok.eot else document
+    if span == "token":
+        prefix, middle, suffix = split(text, rng)
+    else:  # parts are encoded each on its own, as in a prompt, so a model learns to go on inside a token
+        parts = split(tok.decode(text, "ignore"), rng, span)  # ignore: characters that the window cut in two
+        prefix, middle, suffix = map(tok.encode, parts)
+    # The sentinels, <EOT> and parts that encode longer make a surplus. It is cut from the end of the suffix,
+    # then from the start of the prefix, never from the middle or <EOT>.
+    surplus = len(prefix) + len(middle) + len(suffix) + 4 - len(document)
+    if not 0 <= surplus <= len(prefix) + len(suffix):
+        return document
+    from_suffix = min(surplus, len(suffix))
+    suffix = suffix[:len(suffix) - from_suffix]
+    prefix = prefix[surplus - from_suffix:]
+    return fim_example(prefix, middle, suffix, tok, order, spm_layout)
+
+
+def split(text, rng, span="char"):
+    """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two places, each
+    uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
+
+    span "line" cuts only at line starts and the end, each of them one place (section 4.5)."""
+    places = range(len(text) + 1)
+    if span == "line":
+        places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
+    first, second = (places[i] for i in sorted(rng.integers(0, len(places), 2)))
+    return text[:first], text[first:second], text[second:]
+
+
+def fim_example(prefix, middle, suffix, tok, order, spm_layout):
+    """Lists of ids -> the whole layout, as in training: the prompt, then the middle and <EOT>."""
+    return [*fim_prompt(prefix, suffix, tok, order, spm_layout), *middle, tok.eot]
+
+
+def fim_prompt(prefix, suffix, tok, order, spm_layout):
+    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3)."""
     if order == "psm":
         return [tok.pre, *prefix, tok.suf, *suffix, tok.mid]
     if spm_layout == "swapped":
@@ -64,45 +136,23 @@ def fim_prompt(prefix, suffix, tok, order="psm", spm_layout="swapped"):
     return [tok.pre, tok.suf, *suffix, tok.mid, *prefix]
 
 
-def fim_example(prefix, middle, suffix, tok, order="psm", spm_layout="swapped"):
-    """Lists of ids -> the whole layout, as in training: the prompt, then the middle and <EOT>."""
-    return [*fim_prompt(prefix, suffix, tok, order, spm_layout), *middle, tok.eot]
+def fim_psm(ids, tok, rng, *, fim_rate=0.5, span="char", max_document_tokens=0):
+    """FIM in PSM order alone."""
+    return fim(ids, tok, rng, fim_rate=fim_rate, spm_rate=0.0, span=span,
+               max_document_tokens=max_document_tokens)
 
 
-def split(text, rng, span="char"):
-    """A str or a list of ids (to cut between tokens) -> (prefix, middle, suffix), cut at two places, each
-    uniform over all len(text) + 1.
-
-    Any part may be empty (FIM, section 3). span "line" cuts only at line starts and the end, each of them one
-    place (section 4.5)."""
-    places = range(len(text) + 1)
-    if span == "line":
-        places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
-    first, second = (places[i] for i in sorted(rng.integers(0, len(places), 2)))
-    return text[:first], text[first:second], text[second:]
-
-
-def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char", short_documents=0):
-    """Context-level FIM (FIM, section 3.2): each document in the window, whole or in part, becomes a FIM
-    example with probability fim_rate, in SPM order with probability spm_rate. Loss is on every token.
-
-    span: where to cut: char, token or line. short_documents: 0, or N: first cut each document into shorter
-    ones of at most N tokens, so that a short training sees enough examples (not in the paper). Bad knobs, see
-    check_fim, raise ValueError."""
-    check_fim(fim_rate, spm_rate, spm_layout, span)
-    row = np.array(ids)
-    for start, end in fragments(ids, tok, rng, short_documents):
-        if rng.random() < fim_rate:
-            order = "spm" if rng.random() < spm_rate else "psm"
-            row[start:end] = fim_fragment(ids[start:end].tolist(), tok, rng, order, spm_layout, span)
-    return ntp(row, tok, rng)
+def fim_spm(ids, tok, rng, *, fim_rate=0.5, spm_layout="swapped", span="char", max_document_tokens=0):
+    """FIM in SPM order alone."""
+    return fim(ids, tok, rng, fim_rate=fim_rate, spm_rate=1.0, spm_layout=spm_layout, span=span,
+               max_document_tokens=max_document_tokens)
 
 
 def fim_meap(ids, tok, rng, *, mask_ratio=0.15, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char",
-             short_documents=0):
+             max_document_tokens=0):
     """FIM, then MEAP's masking of its inputs."""
     inputs, targets = fim(ids, tok, rng, fim_rate=fim_rate, spm_rate=spm_rate, spm_layout=spm_layout,
-                          span=span, short_documents=short_documents)
+                          span=span, max_document_tokens=max_document_tokens)
     return mask(inputs, mask_ratio, tok, rng), targets
 
 
@@ -132,11 +182,11 @@ def meap_sft(ids, tok, rng, *, mask_ratio=0.1, mask_region="copy", min_answer=50
     maskable = np.arange(n_prompt if mask_region == "answer" else 0, len(ids))
     maskable = maskable[~np.isin(ids[maskable], tok.specials)]
     masked = len(ids) + rng.permutation(maskable)[:int(len(maskable) * mask_ratio)]  # positions in the copy
-    doubled = np.concatenate((ids, ids))
-    inputs, targets = ntp(doubled, tok, rng)
-    counted = np.zeros(len(doubled), bool)
-    counted[n_prompt + 1:len(ids)] = True
-    counted[masked] = True
+    original_and_copy = np.concatenate((ids, ids))
+    inputs, targets = ntp(original_and_copy, tok, rng)
+    counted = np.zeros(len(original_and_copy), bool)
+    counted[n_prompt + 1:len(ids)] = True  # U_q
+    counted[masked] = True                 # U_m
     inputs = np.where(np.isin(np.arange(len(inputs)), masked), tok.mask, inputs)
     return inputs, np.where(counted[1:], targets, IGNORE)
 
@@ -144,101 +194,51 @@ def meap_sft(ids, tok, rng, *, mask_ratio=0.1, mask_region="copy", min_answer=50
 OBJECTIVES = {
     "ntp": ntp,
     "meap": meap,
-    "fim_psm": partial(fim, spm_rate=0.0),
-    "fim_spm": partial(fim, spm_rate=1.0, spm_layout="swapped"),
+    "fim_psm": fim_psm,
+    "fim_spm": fim_spm,
     "fim": fim,
     "fim_meap": fim_meap,
     "sft": sft,
     "meap_sft": meap_sft,
 }
 ON_PAIRS = ("sft", "meap_sft")  # their ids are one example, prompt <MID> answer <EOT>, not a window of text
-ORDERS = ("psm", "spm")
-SPM_LAYOUTS = ("swapped", "labelled", "joint")
-SPANS = ("char", "token", "line")
+
+
+def psm_prompt(prefix, suffix, tok, **knobs):
+    return fim_prompt(prefix, suffix, tok, "psm", None)
+
+
+def spm_prompt(prefix, suffix, tok, *, spm_layout, **knobs):
+    return fim_prompt(prefix, suffix, tok, "spm", spm_layout)
+
+
+def fim_joint_prompt(prefix, suffix, tok, *, spm_rate, **knobs):
+    """Of a model trained in both orders: SPM, in which such models infill better (FIM, section 4.4)."""
+    return (spm_prompt if spm_rate else psm_prompt)(prefix, suffix, tok, **knobs)
+
+
+# How a model trained under an objective is prompted for an infill: lists of ids prefix, suffix and the
+# objective's knobs -> ids, after which the model writes the middle. A name without an entry cannot infill.
+PROMPTS = {"fim_psm": psm_prompt, "fim_spm": spm_prompt, "fim": fim_joint_prompt, "fim_meap": fim_joint_prompt}
+
+# The knobs in a sentence each, for train.py --help. (A knob that is not listed here works as well.)
+KNOBS = {
+    "mask_ratio": "share of the tokens that become <MASK>",
+    "fim_rate": "probability that a document becomes a FIM example",
+    "spm_rate": "probability that a FIM example is in SPM order, else PSM",
+    "spm_layout": f"where SPM has its sentinels: {', '.join(SPM_LAYOUTS)}",
+    "span": f"where a document is cut: at any {', '.join(SPANS)}",
+    "max_document_tokens": "cut longer documents into several first, so that a short training sees more "
+                           "examples (not in the FIM paper); 0: leave them whole",
+    "mask_region": "what may be masked: the whole copy, or only its answer",
+    "min_answer": "only an answer of more tokens gets a masked copy",
+}
 
 
 def knobs_of(objective):
     """An objective -> {name: default} of its keyword-only parameters."""
     parameters = inspect.signature(objective).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def fragments(ids, tok, rng, short_documents=0):
-    """Yields (start, end) of each document, whole or in part, in ids, its <EOT> included where ids holds it.
-
-    With short_documents N > 0, a document of more than N tokens is cut: lengths are uniform from N/4 to N."""
-    if short_documents:
-        check_range("short_documents", short_documents, 16, 10**9)
-    start = 0
-    for end in (*(np.flatnonzero(ids == tok.eot) + 1).tolist(), len(ids)):
-        while short_documents and end - start > short_documents:
-            length = int(rng.integers(short_documents // 4, short_documents + 1))
-            length = min(length, end - start - short_documents // 4)  # leaves N/4 or more for the rest
-            yield start, start + length
-            start += length
-        if start < end:
-            yield start, end
-        start = end
-
-
-def fim_fragment(ids, tok, rng, order, spm_layout, span):
-    """The ids of a fragment (a list) -> the FIM example that takes its place, exactly as long.
-
-    The surplus (sentinels, <EOT>, parts that encode longer) is cut from the end of the suffix, then from the
-    start of the prefix, never from the middle or <EOT>. Where that cannot fit, or parts encode so short that
-    the example would be shorter, the fragment stays plain."""
-    head, (prefix, middle, suffix), tail = cut_fragment(ids, tok, rng, span)
-    room = len(ids) - len(head) - len(tail) - 4  # three sentinels and <EOT>
-    surplus = len(prefix) + len(middle) + len(suffix) - room
-    if not 0 <= surplus <= len(prefix) + len(suffix):
-        return ids
-    from_suffix = min(surplus, len(suffix))
-    suffix = suffix[:len(suffix) - from_suffix]
-    prefix = prefix[surplus - from_suffix:]
-    return head + fim_example(prefix, middle, suffix, tok, order, spm_layout) + tail
-
-
-def cut_fragment(ids, tok, rng, span):
-    """The ids of a fragment (a list) -> head, (prefix, middle, suffix), tail: lists of ids without its <EOT>.
-
-    With span char or line the text is cut and each part encoded on its own, as in a prompt, so a model learns
-    to continue from inside a token. head and tail: tokens of a character that the window's edge cuts."""
-    text = ids[:-1] if ids[-1] == tok.eot else ids
-    whole = tok.whole_characters(text)
-    if span == "token":
-        parts = split(text[whole], rng)
-    else:
-        parts = tuple(tok.encode(part) for part in split(tok.decode(text[whole]), rng, span))
-    return text[:whole.start], parts, text[whole.stop:]
-
-
-def fim_documents(stream, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char",
-                  short_documents=0):
-    """Document-level FIM, only for the comparison (FIM, section 4.4): stream (N,) -> a new, longer stream.
-
-    Documents become FIM examples before windows are cut, so a window may hold part of an example without its
-    sentinels."""
-    check_fim(fim_rate, spm_rate, spm_layout, span)
-    out = []
-    for start, end in fragments(stream, tok, rng, short_documents):
-        ids = stream[start:end].tolist()
-        if rng.random() < fim_rate:
-            order = "spm" if rng.random() < spm_rate else "psm"
-            head, parts, tail = cut_fragment(ids, tok, rng, span)
-            ids = head + fim_example(*parts, tok, order, spm_layout) + tail
-        out += ids
-    return np.array(out, stream.dtype)
-
-
-def check_fim(fim_rate, spm_rate, spm_layout, span):
-    """Raises ValueError if a knob is out of its range, or PSM and SPM examples could not be told apart."""
-    check_range("fim_rate", fim_rate, 0, 1)
-    check_range("spm_rate", spm_rate, 0, 1)
-    check_choice("spm_layout", spm_layout, SPM_LAYOUTS)
-    check_choice("span", span, SPANS)
-    if spm_layout == "swapped" and 0 < spm_rate < 1:
-        raise ValueError(f"spm_layout swapped: expected joint or labelled with spm_rate {spm_rate}, since "
-                         "PSM of (prefix, suffix) and swapped SPM of (suffix, prefix) are the same ids")
 
 
 def check_range(name, value, low, high):
@@ -253,58 +253,45 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name} {value}: expected one of {', '.join(choices)}")
 
 
-def main(arguments=None):
-    """Draws one text under every objective: the inputs and, below each input, its target."""
+def rows_of_every_objective(text, tok, seed=31):
+    """Yields (name, knobs, inputs, targets) of one text. Such a short text is always a FIM example."""
+    for name, objective in OBJECTIVES.items():
+        prompt, end, answer = text.partition(":\n")
+        ids = [*tok.encode(prompt + end), tok.mid, *tok.encode(answer)] if name in ON_PAIRS else tok.encode(text)
+        shown = {"fim_rate": 1.0, "min_answer": 10}
+        knobs = {knob: shown.get(knob, default) for knob, default in knobs_of(objective).items()}
+        yield name, knobs, *objective(np.array([*ids, tok.eot]), tok, np.random.default_rng(seed), **knobs)
+
+
+TEXT = ("def area(width, height):\n    size = width * height\n    if size < 0:\n        size = 0\n"
+        "    return size\n")
+
+
+def main():
+    """Draws TEXT under every objective: the inputs and, below each input, its target."""
     import shutil
     import sys
 
-    from cli import Parser
     from data import Tokenizer
-
-    parser = Parser(description=main.__doc__)
-    parser.add_argument("--html", metavar="FILE", help="write a page for a browser instead")
-    args = parser.parse_args(arguments)
-
-    text = ("def area(width, height):\n    size = width * height\n    if size < 0:\n        size = 0\n"
-            "    return size\n")
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sign for a line end
     with open(__file__, encoding="utf-8") as f:
-        tok = Tokenizer.train([f.read(), text * 9], 600)  # words and parts of words
-    shown, seed = {"fim_rate": 1.0, "min_answer": 10}, 31  # such a short text would show too little
-    if args.html:
-        from lab.page import draw_objectives
-        return draw_objectives(args.html, text, tok, shown, seed)
-    names = {getattr(tok, name): f"<{name.upper()}>" for name in ("pre", "suf", "mid", "eot", "mask")}
-
-    def show(i, is_middle):
-        """An id as (text, ANSI colour): special tokens violet, <MASK> inverted, all after <MID> green."""
-        if i in names:
-            return names[i], "7" if i == tok.mask else "35"
-        colour = "32" if is_middle else "0"
-        return tok.decode([i]).replace("\n", "⏎").replace(" ", "·") if i != IGNORE else "", colour
-
-    for name, objective in OBJECTIVES.items():
-        prompt, answer = text.split("(", 1)
-        ids = [*tok.encode(prompt), tok.mid, *tok.encode(answer)] if name in ON_PAIRS else tok.encode(text)
-        knobs = {knob: shown.get(knob, default) for knob, default in knobs_of(objective).items()}
-        inputs, targets = objective(np.array([*ids, tok.eot]), tok, np.random.default_rng(seed), **knobs)
+        tok = Tokenizer.train([f.read(), TEXT * 9], 600)
+    names = {tok.pre: "<PRE>", tok.suf: "<SUF>", tok.mid: "<MID>", tok.eot: "<EOT>", tok.mask: "<MASK>", IGNORE: ""}
+    room = shutil.get_terminal_size().columns
+    for name, knobs, inputs, targets in rows_of_every_objective(TEXT, tok):
         print(f"\n{name} {' '.join(f'{knob}={value}' for knob, value in knobs.items())}\n"
               f"loss on {(targets != IGNORE).sum()} targets of {len(targets)}")
-        in_middle = np.cumsum(inputs == tok.mid) > 0
-        cells = [(show(i, m), show(t, m)) for i, t, m in zip(inputs.tolist(), targets.tolist(), in_middle)]
-        widths = [max(len(text) for text, _ in cell) for cell in cells]
-        start, room = 0, shutil.get_terminal_size().columns - 8
-        while start < len(cells):
-            end = start + 1
-            while end < len(cells) and sum(widths[start:end + 1]) + end - start < room:
-                end += 1
-            for k, label in enumerate(("input", "target")):
-                line = [cells[i][k][0].ljust(widths[i]) for i in range(start, end)]
-                if sys.stdout.isatty():
-                    line = [f"\033[{cells[start + i][k][1]}m{text}\033[0m" for i, text in enumerate(line)]
-                print(f"{label:7}", *line)
-            start = end
+        lines = ["input  ", "target "]
+        for pair in zip(inputs.tolist(), targets.tolist()):
+            cells = [names.get(i) or tok.decode([i]).replace("\n", "⏎").replace(" ", "·") if i not in names
+                     else names[i] for i in pair]
+            width = max(map(len, cells)) + 1
+            if len(lines[0]) + width > room:
+                print(*lines, sep="\n")
+                lines = ["input  ", "target "]
+            lines = [line + cell.ljust(width) for line, cell in zip(lines, cells)]
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":
-    from cli import one_line_errors
-    one_line_errors(main)()
+    main()

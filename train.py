@@ -7,18 +7,21 @@
     python train.py --objective sft --init-from out/ntp   fine-tunes a finished model on prompts and answers
     torchrun --nproc_per_node=8 train.py --preset gpt2 --data code.jsonl.gz    on 8 GPUs, the same run
 
-From top to bottom: settings, presets, the loop, optimisers, evaluation, several processes, the command line.
+From top to bottom: presets and settings, the loop, learning rate and optimisers, evaluation, what the loop needs
+from the machine: processes, arithmetic, checkpoints, signals.
 """
 import argparse
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
+import timeit
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,99 +33,26 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from cli import (Interrupt, Parser, checkpoint_fits, flag_of, has_fast_bf16, load_checkpoint, lock,
-                 one_line_errors, open_metrics, pick_device, save_checkpoint)
-from data import GENERATED, Batches, Tokenizer, prepare, split_lines, text_rows
+from data import GENERATED, Batches, Tokenizer, lines_of, prepare, text_rows
 from model import GPT, GPTConfig
-from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, check_choice, check_range, fim, fim_documents, knobs_of,
-                        ntp)
-from sample import infill, trained_orders
+from objectives import IGNORE, KNOBS, OBJECTIVES, ON_PAIRS, PROMPTS, check_choice, knobs_of, ntp
+from sample import Parser, infill, load_checkpoint, load_weights, one_line_errors, pick_device, within
 
 
-def setting(default, help, choices=None, low=None, high=math.inf):
-    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+# Presets and settings
 
-
-@dataclass
-class Config:
-    """The settings of a run, each of them a flag: batch_size is --batch-size. The defaults are those of the
-    toy; the other PRESETS override them. The knobs of the objectives are flags, too.
-
-    Raises ValueError, naming the flag, for a value out of range."""
-    objective: str = setting("ntp", "what to predict", tuple(OBJECTIVES))
-    knobs: dict = field(default_factory=dict)  # of the objective, by name
-    preset: str = setting("toy", "model, budget and learning rate in one; single flags override it")
-    init_from: str = setting("", "a run's folder, or GPT-2's published weights: start from its weights, "
-                             "shape and vocabulary")
-    data: str = setting("stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob "
-                        "of text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
-    tokenizer: str = setting("bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
-                             ("bpe", "bytes", "gpt2"))
-    vocab_size: int = setting(2048, "ids of the bpe tokenizer, the 5 special ones included", low=1)
-    fim_level: str = setting("context", "FIM inside the window, or on whole documents before",
-                             ("context", "document"))
-    n_layer: int = setting(4, "blocks", low=1)
-    n_head: int = setting(2, "attention heads", low=1)
-    n_embd: int = setting(128, "width", low=1)
-    block_size: int = setting(256, "context, in tokens", low=8)
-    dropout: float = setting(0.0, "share of activations dropped in training", low=0, high=0.99)
-    position: str = setting("rope", "rotary or learned positions", ("rope", "learned"))
-    qk_norm: bool = setting(True, "normalise queries and keys")
-    token_shift: bool = setting(True, "each layer reads part of its input from the token before")
-    tied: bool = setting(True, "output layer shares the token embedding")
-    bias: bool = setting(False, "biases in linear layers and norms")
-    gelu: str = setting("none", "exact GELU, or tanh, GPT-2's approximation", ("none", "tanh"))
-    attention: str = setting("auto", "manual (written out, the faster on CPU), fused, or auto: "
-                             "fused on a GPU", ("auto", "manual", "fused"))
-    batch_size: int = setting(16, "rows in a batch", low=1)
-    grad_accum: int = setting(1, "batches in a step; torchrun's processes share them", low=1)
-    steps: int = setting(750, "optimiser steps", low=1)
-    optimizer: str = setting("muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW",
-                             ("muon", "adamw"))
-    lr: float = setting(0.01, "peak learning rate", low=1e-12)
-    embedding_lr: float = setting(3.0, "learning rate of the embeddings and the output layer, as a multiple "
-                                  "of lr", low=0)
-    warmup: int = setting(40, "steps of linear warm-up", low=0)
-    final_lr: float = setting(0.0, "share of the peak at which the linear decay ends", low=0, high=1)
-    weight_decay: float = setting(0.1, "decay of matrices", low=0)
-    beta1: float = setting(0.9, "decay of the first moment, or Muon's momentum", low=0, high=0.9999)
-    beta2: float = setting(0.95, "decay of AdamW's second moment", low=0, high=0.9999)
-    clip: float = setting(1.0, "largest norm of the gradient, 0 for any", low=0)
-    seed: int = setting(1, "decides weights, order of the data, cuts and masks", low=0, high=2**31)
-    device: str = setting("auto", "auto, cpu, cuda or mps")
-    dtype: str = setting("auto", "arithmetic: auto is bf16 where that is faster",
-                         ("auto", "fp32", "bf16"))
-    compile: bool = setting(False, "torch.compile the model")
-    out: str = setting("", "folder of the run (default: out/OBJECTIVE, with a number where that is taken)")
-    cache_dir: str = setting("cache", "folder of tokenised corpora")
-    eval_every: int = setting(150, "steps between evaluations", low=1)
-    eval_tokens: int = setting(32768, "held-out tokens in an evaluation, four times as many in the "
-                               "last", low=1)
-    save_every: int = setting(150, "steps between checkpoints", low=1)
-
-    def __post_init__(self):
-        check_choice("--preset", self.preset, PRESETS)
-        for f in fields(self):
-            flag, value = flag_of(f.name), getattr(self, f.name)
-            if f.metadata.get("choices"):
-                check_choice(flag, value, f.metadata["choices"])
-            if f.metadata.get("low") is not None:
-                check_range(flag, value, f.metadata["low"], f.metadata["high"])
-
-
-def paper(n_layer, n_embd, n_head, lr, batch, params):
-    """A model size of the FIM paper (table 3: shape, learning rate, tokens in a batch; context 2048), trained
-    on 20 tokens a parameter (Hoffmann et al., 2022) instead of the paper's 100 B tokens. The paper has
+def paper(n_layer, n_embd, n_head, lr, params):
+    """A model of the FIM paper (table 3: shape, learning rate, 2^19 tokens in a batch, context 2048), trained
+    on 20 tokens per parameter (Hoffmann et al., 2022) instead of the paper's 100 B tokens. The paper has
     relative attention; these presets have rotary positions and normalised queries and keys."""
     return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True,
             "tied": False, "token_shift": False, "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr,
-            "embedding_lr": 1.0, "batch_size": 8, "grad_accum": batch // (8 * 2048),
-            "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1,
-            "eval_every": 500, "save_every": 500}
+            "embedding_lr_scale": 1.0, "batch_size": 8, "grad_accum": 32, "steps": 20 * params // 2**19,
+            "warmup": 500, "final_lr": 0.1, "eval_every": 500, "save_every": 500}
 
 
-# A CPU's budget holds too few documents for the paper's one hole a document.
-SHORT = {"short_documents": 128}
+# A CPU's budget holds too few documents for the paper's one hole per document.
+SHORT = {"max_document_tokens": 128}
 # What GPT-2 has in place of rotary positions, normalised queries and keys, and the token shift.
 GPT2 = {"position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True}
 PRESETS = {
@@ -133,87 +63,237 @@ PRESETS = {
     "finetune": {"block_size": 1024, "batch_size": 4, "steps": 640, "lr": 0.002, "warmup": 20,
                  "eval_every": 80, "save_every": 160},
     "gpt2": GPT2 | {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "tokenizer": "gpt2",
-                    "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3, "embedding_lr": 1.0,
+                    "batch_size": 32, "grad_accum": 16, "steps": 5000, "lr": 2e-3, "embedding_lr_scale": 1.0,
                     "beta1": 0.95, "warmup": 200, "final_lr": 0.1, "eval_every": 500, "save_every": 500},
-    "xxs": paper(6, 384, 6, 1.6e-3, 2**19, 50_000_000),
-    "xs": paper(8, 512, 8, 1.4e-3, 2**19, 77_000_000),
-    "small": paper(12, 768, 12, 6e-4, 2**19, 164_000_000),
-    "medium": paper(24, 1024, 16, 3e-4, 2**19, 411_000_000),
-    "large": paper(24, 1536, 16, 2.5e-4, 2**19, 844_000_000),
-    "xl": paper(24, 2048, 16, 4e-4, 2**20, 1_400_000_000),
-    "2.8b": paper(32, 2560, 32, 3.2e-4, 2**20, 2_800_000_000),
-    "6.9b": paper(32, 4096, 32, 2.4e-4, 2**21, 6_900_000_000),
+    # Each process needs 16 bytes per parameter (weights, gradients, AdamW's two moments, in fp32) and the
+    # activations.
+    "xxs": paper(6, 384, 6, 1.6e-3, 50_000_000),            # 0.8 GB
+    "xs": paper(8, 512, 8, 1.4e-3, 77_000_000),             # 1.2 GB
+    "small": paper(12, 768, 12, 6e-4, 164_000_000),         # 2.6 GB
+    "medium": paper(24, 1024, 16, 3e-4, 411_000_000),       # 6.6 GB
+    "large": paper(24, 1536, 16, 2.5e-4, 844_000_000),      # 13.5 GB
+    "xl": paper(24, 2048, 16, 4e-4, 1_400_000_000),         # 22.4 GB
 }
 # What --resume may change; everything else decides the weights.
-FREE = {"device", "out", "cache_dir", "eval_every", "eval_tokens", "save_every", "compile"}
+RESUME_MAY_CHANGE = {"data", "out", "cache_dir", "steps", "device", "compile", "eval_every", "eval_tokens",
+                     "save_every"}
 
 
-def train(config, checkpoint=None, measure=None):
+def settings_parser(objective):
+    """The flags of train.py, in groups; the last group is the objective's own knobs."""
+    parser = Parser(description=__doc__.splitlines()[0])
+
+    def group(title, example):
+        return partial(add, parser.add_argument_group(title, f"such as {example}"))
+
+    flag = group("what to train", "--objective fim --preset laptop")
+    flag("--objective", "ntp", "what to predict", OBJECTIVES)
+    flag("--preset", "toy", "model, budget and learning rate in one; other flags go over it", PRESETS)
+    flag("--init-from", "", "a run's folder, or GPT-2's weights: start from its weights, shape and vocabulary")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+
+    flag = group("data", "--data 'src/**/*.py' --vocab-size 4096")
+    flag("--data", "stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of text or "
+         ".jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
+    flag("--tokenizer", "bpe", "learned from the data, raw bytes, or GPT-2's (a download)", ("bpe", "bytes", "gpt2"))
+    flag("--vocab-size", 2048, "ids of the bpe tokenizer, the 5 special ones included", within(261, 10**6))
+    flag("--fim-level", "context", "FIM inside the window, or on whole documents before", ("context", "document"))
+    flag("--cache-dir", "cache", "folder of tokenised corpora")
+
+    flag = group("model", "--n-layer 6 --n-embd 192 --n-head 3")
+    flag("--n-layer", 4, "blocks", within(1))
+    flag("--n-head", 2, "attention heads", within(1))
+    flag("--n-embd", 128, "width", within(1))
+    flag("--block-size", 256, "context, in tokens", within(8))
+    flag("--dropout", 0.0, "share of activations dropped in training", within(0.0, 0.99))
+    flag("--position", "rope", "rotary or learned positions", ("rope", "learned"))
+    flag("--qk-norm", True, "normalise queries and keys")
+    flag("--token-shift", True, "each layer reads part of its input from the token before")
+    flag("--tied", True, "output layer shares the token embedding")
+    flag("--bias", False, "biases in linear layers and norms")
+    flag("--gelu", "exact", "exact GELU, or tanh, GPT-2's approximation", ("exact", "tanh"))
+    flag("--attention", "auto", "manual (written out, the faster on CPU), fused, or auto: fused on a GPU",
+         ("auto", "manual", "fused"))
+
+    flag = group("training", "--steps 3000 --lr 0.005 --seed 2")
+    flag("--steps", 750, "optimiser steps", within(1))
+    flag("--batch-size", 16, "rows in a batch", within(1))
+    flag("--grad-accum", 1, "batches in a step; torchrun's processes share them", within(1))
+    flag("--optimizer", "muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
+    flag("--lr", 0.01, "peak learning rate", within(1e-12))
+    flag("--embedding-lr-scale", 3.0, "learning rate of embeddings and output layer, as a multiple", within(0.0))
+    flag("--warmup", 40, "steps of linear warm-up", within(0))
+    flag("--final-lr", 0.0, "share of the peak at which the linear decay ends", within(0.0, 1.0))
+    flag("--weight-decay", 0.1, "decay of matrices", within(0.0))
+    flag("--beta1", 0.9, "decay of the first moment, or Muon's momentum", within(0.0, 0.9999))
+    flag("--beta2", 0.95, "decay of AdamW's second moment", within(0.0, 0.9999))
+    flag("--clip", 1.0, "largest norm of the gradient, 0 for any", within(0.0))
+    flag("--seed", 1, "decides weights, order of the data, cuts and masks", within(0, 2**31))
+
+    flag = group("run", "--out out/first --eval-every 100")
+    flag("--out", "", "folder of the run (none: out/OBJECTIVE, with a number where that is taken)")
+    flag("--device", "auto", "auto, cpu, cuda or mps")
+    flag("--dtype", "auto", "arithmetic; auto: bf16 where that is faster", ("auto", "fp32", "bf16"))
+    flag("--compile", False, "torch.compile the model")
+    flag("--eval-every", 150, "steps between evaluations", within(1))
+    flag("--eval-tokens", 32768, "held-out tokens in an evaluation, four times as many in the last", within(1))
+    flag("--save-every", 150, "steps between checkpoints", within(1))
+
+    flag = group(f"knobs of --objective {objective}", "--mask-ratio 0.3; another --objective has others")
+    for knob, default in knobs_of(OBJECTIVES[objective]).items():
+        try:
+            flag(flag_of(knob), default, KNOBS.get(knob, f"see {objective} in objectives.py"))
+        except argparse.ArgumentError:
+            raise ValueError(f"--objective {objective}: train.py has a flag {flag_of(knob)}; rename this knob") from None
+    return parser
+
+
+def add(group, flag, default, help, values=None):
+    """Adds a flag. values: its choices, or the type that converts and checks it; else the default's type."""
+    if isinstance(default, bool):
+        group.add_argument(flag, default=default, help=help, action=argparse.BooleanOptionalAction)
+    elif callable(values):
+        group.add_argument(flag, default=default, help=help, type=values, metavar=values.__name__.upper())
+    else:
+        kind = str if default is None else type(default)
+        group.add_argument(flag, default=default, help=help, type=kind, choices=values,
+                           metavar=None if values else kind.__name__.upper())
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def read_arguments(arguments=None):
+    """The command line -> (config, start). config: each setting by name, the objective's own in config.knobs.
+    start: the checkpoint to resume from, what --init-from brings, or None.
+
+    Flags go over what start brings, that over the preset, the preset over the defaults. Raises ValueError or
+    OSError."""
+    first = Parser(add_help=False)  # what decides about the other flags and their defaults
+    for flag in ("--objective", "--preset", "--init-from", "--out"):
+        first.add_argument(flag, default="")
+    first.add_argument("--resume", action="store_true")
+    given, _ = first.parse_known_args(arguments)
+    objective, start, brought = given.objective or "ntp", None, {}
+    defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
+    if given.resume:
+        if not given.out:
+            raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
+        start = load_checkpoint(given.out)
+        brought = start["config"] | start["config"]["knobs"]
+        objective = brought["objective"]
+    else:
+        check_choice("--objective", objective, OBJECTIVES)
+        check_choice("--preset", given.preset or defaults["preset"], PRESETS)
+        defaults |= PRESETS[given.preset or defaults["preset"]]
+        if given.init_from:
+            start, brought = load_start(given.init_from, defaults)
+
+    parser = settings_parser(objective)
+    names = [name for name in {**defaults, **brought} if parser.get_default(name) is not None]
+    parser.set_defaults(**{name: (defaults | brought)[name] for name in names})
+    config = parser.parse_args(arguments)
+    free = RESUME_MAY_CHANGE if given.resume else {"block_size"} if brought.get("position") == "rope" else set()
+    for name in names:
+        value = getattr(config, name)
+        if name in brought and value != brought[name] and name not in free:
+            raise ValueError(f"{flag_of(name)} {value}: {given.out if given.resume else given.init_from} has "
+                             f"{brought[name]}; leave the flag out, or start anew without "
+                             f"{'--resume' if given.resume else '--init-from'}")
+    config.knobs = {knob: vars(config).pop(knob) for knob in knobs_of(OBJECTIVES[objective])}
+    del config.resume
+    if given.resume and start["step"] >= config.steps:
+        raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; --steps N goes on to N")
+    if not given.resume and given.out and Path(given.out, "ckpt.pt").exists():
+        raise ValueError(f"--out {given.out} already holds a run: --resume goes on with it, another --out starts anew")
+    if (config.data == "functions") > (objective in ON_PAIRS):
+        raise ValueError(f"--data functions: prompts and answers, expected --objective {' or '.join(ON_PAIRS)}")
+    if config.fim_level == "document" and objective not in ("fim_psm", "fim_spm", "fim"):
+        raise ValueError(f"--fim-level document: expected --objective fim_psm, fim_spm or fim, not {objective}")
+    return config, start
+
+
+def load_start(path, preset):
+    """What --init-from names -> ({"model": weights, "tokenizer"}, the settings that the run takes over).
+
+    With rotary positions, which have no weights, the preset may set another context."""
+    if Path(path).name == "ckpt.pt" or Path(path, "ckpt.pt").is_file():
+        start = load_checkpoint(path)
+        tokenizer = start["config"]["tokenizer"]
+    else:
+        from lab.gpt2 import load_gpt2
+        start, tokenizer = load_gpt2(path), "gpt2"
+    brought = start["model_config"] | {"tokenizer": tokenizer}
+    del brought["attention"], brought["dropout"]
+    if brought["position"] == "rope" and "block_size" in preset:
+        del brought["block_size"]
+    return {"model": start["model"], "tokenizer": start["tokenizer"]}, brought
+
+
+# The loop
+
+def train(config, start=None, measure=None):
     """Runs the training that config describes. Returns the last evaluation, {"held_out_bpb": bits per byte}.
 
-    checkpoint: the one to resume this run from, the weights of --init-from, or None for a new model.
+    start: the checkpoint to resume this run from, the weights of --init-from, or None for a new model.
     measure(model, tok, step) -> {name: value}: more to write into metrics.jsonl at each evaluation."""
     # Data: documents -> token stream -> windows -> rows, as the objective makes them.
     device, rank, world = join_processes(config)
-    resuming = checkpoint is not None and "optimizers" in checkpoint
-    tok, batches, held_out_rows = make_data(config, checkpoint, rank, world)
-    data = {"tokenizer": tok.to_dict(), "stream_length": len(batches.stream)}
-    if resuming and any(checkpoint[name] != value for name, value in data.items()):
-        raise OSError(f"--resume: the text of --data {config.data} has changed since {config.out} was "
-                      "started; put it back, or start anew with another --out")
+    resuming = start is not None and "step" in start
+    tok, batches, held_out_rows, text = make_data(config, start, rank, world)
+    if resuming and start["text"] != text:  # the name of its content: the same text may lie in another place
+        raise OSError(f"--resume: --data {config.data} is not the text with which {config.out} was started; "
+                      "put that back, or start anew with another --out")
 
     # Model and optimisers, and the state to start from.
     if config.dtype == "auto":  # the same in all processes, or their weights would drift apart
-        is_faster = mean(float(has_fast_bf16(device)), world) > 0.5
-        config = replace(config, dtype="bf16" if is_faster else "fp32")
-    bf16 = config.dtype == "bf16"
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        config.dtype = "bf16" if all_reduce_mean(float(is_bf16_faster(device)), world) > 0.5 else "fp32"
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
     model = make_model(config, tok.n_vocab, device)
-    optimizers = make_optimizers(model, config, bf16)
+    optimizers = make_optimizers(model, config)
     first = 0
-    if checkpoint:
-        with checkpoint_fits(config.out if resuming else config.init_from):
-            model.load_state_dict(checkpoint["model"])
-            if resuming:
-                first = checkpoint["step"]
-                for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                    optimizer.load_state_dict(state)
+    if start:
+        load_weights(model, start["model"], config.out if resuming else config.init_from)
+    if resuming:
+        first = start["step"]
+        for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     forward = torch.compile(model) if config.compile else model
     if world > 1:
         forward = DistributedDataParallel(forward)  # averages the processes' gradients within backward()
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    run_lock = lock(out) if rank == 0 else nullcontext()
-    metrics = open_metrics(out / "metrics.jsonl", first) if rank == 0 else None
-    describe(config, model, tok, batches, device, first)
+
+    # This process's n micro-batches of a step. The first are built before anything is written: a bad knob shows.
+    n = config.grad_accum // world
+    micro_batches = build_batches(batches, [(first * n + i) * world + rank for i in range(n)], device)
+    out, metrics = open_run(config, start if resuming else None) if rank == 0 else (None, None)
+    describe(config, model, tok, batches, device, start if resuming else None)
 
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
-    report, n = {}, config.grad_accum // world
+    report, logged, started = {}, first, time.perf_counter()
     model.train()
     with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
-              disable=rank > 0) as bar, ThreadPoolExecutor(1) as prefetch, Interrupt() as interrupt, run_lock:
-        waiting = prefetch.submit(load, batches, first * n, n, device)
-        logged, started = first, time.perf_counter()
+              disable=True if rank > 0 else None) as bar, signals() as asked_to_stop:
         for step in range(first, config.steps):
-            # The step's micro-batches, while a thread builds those of the next step. The main thread sends
-            # them to the device: two threads that use MPS at once crash it (pytorch/pytorch issue 197805).
-            micro_batches = [[ids.to(device, non_blocking=True) for ids in pair] for pair in waiting.result()]
-            waiting = prefetch.submit(load, batches, (step + 1) * n, n, device)
-
-            # Forward and backward. The loss of a step is the mean over all its targets, however they are
-            # divided among the micro-batches and the processes.
+            # 1. Forward and backward. The loss of a step is the mean over all its targets, however they are
+            # divided among micro-batches and processes.
             counts = [(targets != IGNORE).sum() for _, targets in micro_batches]
-            n_targets, loss = mean(sum(counts), world).clamp(min=1), 0.0
+            n_targets, loss = all_reduce_mean(sum(counts), world).clamp(min=1), 0.0
             for i, (inputs, targets) in enumerate(micro_batches):
                 torch.manual_seed(config.seed * 2**32 + (step * n + i) * world + rank)  # decides dropout
-                with forward.no_sync() if world > 1 and i < n - 1 else nullcontext():
-                    with autocast:
-                        micro_loss = forward(inputs, targets)[1]
-                    (micro_loss * counts[i] / n_targets).backward()
-                loss = loss + micro_loss.detach() * counts[i] / n_targets
+                with forward.no_sync() if world > 1 and i < n - 1 else nullcontext(), autocast:
+                    micro_loss = forward(inputs, targets)[1] * counts[i] / n_targets
+                    micro_loss.backward()
+                loss = loss + micro_loss.detach()
 
-            # Update.
+            # 2. Build the next step's micro-batches, while a GPU is still at work.
+            done = step + 1
+            if done < config.steps:
+                numbers = [(done * n + i) * world + rank for i in range(n)]
+                micro_batches = build_batches(batches, numbers, device)
+
+            # 3. Update the weights.
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:
@@ -221,92 +301,94 @@ def train(config, checkpoint=None, measure=None):
                     group["lr"] = learning_rate(step, config) * group["scale"]
                 optimizer.step()
                 optimizer.zero_grad()
-            done = step + 1
             bar.update()
             if done == first + 2:
                 began = time.perf_counter()  # the first steps are slower than the others
             if done == first + 8:
-                print_estimate(bar, (time.perf_counter() - began) / 6, config, first)
+                print_estimate((time.perf_counter() - began) / 6, config, first)
 
-            # Now and then: log, evaluate, save.
-            # If one process is asked to stop, all stop after the same step.
-            stop = mean(float(interrupt.asked), world) > 0
-            last = stop or done == config.steps
-            if not last and done % log_every and done % config.eval_every and done % config.save_every:
+            # 4. Now and then, log and evaluate. If one process is asked to stop, all stop after the same step.
+            stop = all_reduce_mean(float(bool(asked_to_stop)), world) > 0
+            last = done == config.steps
+            evaluates = last or done % config.eval_every == 0
+            saves = last or stop or done % config.save_every == 0
+            if not (evaluates or saves or done % log_every == 0):
                 continue
-            loss = mean(loss, world).item()
+            loss = all_reduce_mean(loss, world).item()
             stop_if_diverged(loss, done, config)
             speed = (done - logged) * tokens_per_step / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             tokens = done * tokens_per_step
             line = {"step": done, "tokens": tokens, "epoch": tokens / config.block_size / batches.n_windows,
                     "loss": loss, "lr": learning_rate(step, config), "tokens_per_s": round(speed)}
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
-            if done % config.eval_every == 0 or done == config.steps:
+            if evaluates:
+                model.eval()
                 report = held_out_report(model, held_out_rows, tok, config, done, autocast)
-                if measure:
-                    model.eval()
-                    report |= measure(model, tok, done)
-                    model.train()
-                line |= report
+                line |= report | (measure(model, tok, done) if measure else {})
+                model.train()
+
+            # 5. Write the line and, now and then, a checkpoint.
             if rank == 0:
-                metrics.write(json.dumps(line) + "\n")
+                metrics.write(json.dumps(line).encode() + b"\n")
                 metrics.flush()
-            if last or done % config.save_every == 0:
-                with torch.no_grad(), autocast:  # this step's update may have thrown the weights out
-                    stop_if_diverged(mean(model(*micro_batches[-1])[1], world).item(), done, config)
+            if saves:
+                if not all(p.isfinite().all() for p in model.parameters()):  # the loss is from before the update
+                    stop_if_diverged(math.nan, done, config)
                 if rank == 0:
-                    save_checkpoint(out / "ckpt.pt", data | {
-                        "step": done, "config": asdict(config), "model_config": asdict(model.config),
-                        "model": model.state_dict(),
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                    save_checkpoint(out / "ckpt.pt", {
+                        "step": done, "config": vars(config), "model_config": asdict(model.config),
+                        "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                        "tokenizer": tok.to_dict(), "text": text, "metrics_bytes": metrics.tell()})
             if stop:
                 break
             logged, started = done, time.perf_counter()
     if world > 1:
         dist.destroy_process_group()
-    print(f"done, saved in {out}; try: python sample.py --ckpt {out}" if done == config.steps else
-          f"stopped after step {done}, saved; go on with: python train.py --out {out} --resume")
+    name = shlex.quote(config.out)
+    say(f"done, saved in {config.out}; try: python sample.py --ckpt {name}" if done == config.steps else
+        f"stopped after step {done}, saved; go on with: python train.py --out {name} --resume")
     return report
 
 
-def make_data(config, checkpoint, rank, world):
-    """-> (Tokenizer, Batches, rows(n): n held-out rows, (inputs, targets) of T ids each)."""
-    tok = Tokenizer.from_dict(checkpoint["tokenizer"]) if config.init_from else None
+def make_data(config, start, rank, world):
+    """-> (Tokenizer, Batches, rows(n): n held-out rows, (inputs, targets) of T ids each, the text's name)."""
+    tok = Tokenizer.from_dict(start["tokenizer"]) if config.init_from else None
     objective = partial(OBJECTIVES[config.objective], **config.knobs)
-    shape = config.block_size, config.batch_size, config.seed, rank, world
+    shape = config.block_size, config.batch_size, config.seed
     if rank > 0:
         dist.barrier()  # until rank 0 has made the cache
     if config.objective in ON_PAIRS:
         from lab.pairs import prepare_pairs
-        tok, batches, held_out_rows = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok,
-                                                    objective, *shape)
+        data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective, *shape)
     else:
-        tok, stream, held_out = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir,
-                                        tok)
+        tok, stream, held_out, text = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
         if config.fim_level == "document":
-            rng = np.random.default_rng(config.seed)
-            stream, objective = fim_documents(stream, tok, rng, **config.knobs), ntp
-        batches = Batches(stream, objective, tok, *shape)
-        held_out_rows = partial(text_rows, held_out, config.block_size)
+            from lab.document_fim import fim_documents
+            stream, objective = fim_documents(stream, tok, config.seed, config.objective, config.knobs), ntp
+        data = tok, Batches(stream, objective, tok, *shape), partial(text_rows, held_out, config.block_size), text
     if rank == 0 and world > 1:
         dist.barrier()
-    return tok, batches, held_out_rows
+    return data
+
+
+def build_batches(batches, numbers, device):
+    """The batches of these numbers, (inputs, targets) each, as tensors on the device."""
+    pairs = [[torch.from_numpy(ids) for ids in batches.batch(number)] for number in numbers]
+    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
+        pairs = [[ids.pin_memory() for ids in pair] for pair in pairs]
+    return [[ids.to(device, non_blocking=True) for ids in pair] for pair in pairs]
 
 
 def make_model(config, n_vocab, device):
     """A new GPT of the shape in config, its weights drawn with the seed."""
     torch.manual_seed(config.seed)
-    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig) if f.name != "vocab_size"}
+    shape = {f.name: getattr(config, f.name) for f in fields(GPTConfig)} | {"vocab_size": n_vocab}
     if config.attention == "auto":
         shape["attention"] = "fused" if device.type == "cuda" else "manual"
-    return GPT(GPTConfig(n_vocab, **shape)).to(device)
+    return GPT(GPTConfig(**shape)).to(device)
 
 
-def load(batches, start, n, device):
-    """This process's micro-batches number start to start + n - 1, as tensors on the CPU."""
-    pairs = [[torch.from_numpy(ids) for ids in batches.batch(i)] for i in range(start, start + n)]
-    return [[ids.pin_memory() for ids in pair] for pair in pairs] if device.type == "cuda" else pairs
-
+# Learning rate and optimisers
 
 def learning_rate(step, config):
     """Linear warm-up to the peak lr, then linear decay to final_lr * lr at the last step."""
@@ -316,18 +398,16 @@ def learning_rate(step, config):
     return config.lr * (1 - (1 - config.final_lr) * progress)
 
 
-def make_optimizers(model, config, bf16=False):
-    """-> [AdamW], or [AdamW, Muon] with --optimizer muon, where Muon has the matrices of the blocks.
-
-    bf16: Muon's matrix products are in bf16 instead of fp32."""
+def make_optimizers(model, config):
+    """-> [AdamW], or [AdamW, Muon] with --optimizer muon, where Muon has the matrices of the blocks."""
     embeddings, hidden, vectors = [], [], []
     for name, p in model.named_parameters():
         (vectors if p.dim() < 2 else hidden if name.startswith("transformer.h.") else embeddings).append(p)
-    groups = [{"params": embeddings, "scale": config.embedding_lr},
+    groups = [{"params": embeddings, "scale": config.embedding_lr_scale},
               {"params": vectors, "scale": 1.0, "weight_decay": 0.0}]
     muon = []
     if config.optimizer == "muon":
-        muon = [Muon(hidden, config.lr, config.weight_decay, config.beta1, bf16)]
+        muon = [Muon(hidden, config.lr, config.weight_decay, config.beta1, config.dtype == "bf16")]
     else:
         groups.append({"params": hidden, "scale": 1.0})
     betas = config.beta1, config.beta2
@@ -342,11 +422,10 @@ class Muon(torch.optim.Optimizer):
         W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(n, m)) O
 
     The factor 0.2 sqrt(max(n, m)) scales O to the size of AdamW's updates (Liu et al., 2025), so that one
-    learning rate serves both optimisers."""
+    learning rate serves both optimisers. bf16: the matrix products are in bf16 instead of fp32."""
 
     def __init__(self, matrices, lr, weight_decay=0.1, momentum=0.95, bf16=False):
-        super().__init__(matrices, {"lr": lr, "scale": 1.0, "weight_decay": weight_decay,
-                                    "momentum": momentum})
+        super().__init__(matrices, {"lr": lr, "scale": 1.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
@@ -383,63 +462,57 @@ def orthogonalize(G, steps=5):
     return X.mT if is_tall else X
 
 
-@torch.no_grad()
-def text_bits(model, rows, tok, autocast=nullcontext()):
-    """Two arrays with a number for each row: the bits of its targets under the model, -log2 of their
-    probability, and the bytes of text that these targets stand for. <EOT>, which is no text, is left out
-    of both.
-
-    rows: (inputs, targets) of T ids each."""
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
-    rows, bits, sizes = list(rows), [], []
-    n_bytes = torch.from_numpy(tok.n_bytes).to(device)
-    batch_size = max(1, 2**25 // (model.config.block_size * model.config.vocab_size))
-    for start in range(0, len(rows), batch_size):
-        batch = zip(*rows[start:start + batch_size])
-        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in batch)
-        size = n_bytes[targets.clamp(min=0)] * (targets != IGNORE)              # (B, T)
-        with autocast:
-            logits, _ = model(inputs)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(size == 0, IGNORE).flatten(),
-                               ignore_index=IGNORE, reduction="none").view_as(targets)
-        bits.append(nats.sum(1).cpu().numpy() / math.log(2))
-        sizes.append(size.sum(1).cpu().numpy())
-    model.train(was_training)
-    return (np.concatenate(bits), np.concatenate(sizes)) if rows else (np.zeros(0), np.zeros(0))
-
+# Evaluation
 
 def held_out_report(model, held_out_rows, tok, config, step, autocast):
-    """Prints the model's bits per byte on held-out text and, if the model is trained to infill, one infill.
+    """Prints the model's bits per byte on held-out text and, if the model can infill, one infill.
 
     Returns {name: bits per byte}, the figure that compares objectives and vocabularies, or {name: None} where
     no text is held out."""
     name = "answer_bpb" if config.objective in ON_PAIRS else "held_out_bpb"
     n_rows = config.eval_tokens * (4 if step == config.steps else 1) // config.block_size
     rows = list(held_out_rows(max(1, n_rows)))
-    bits, sizes = text_bits(model, rows, tok, autocast)
-    if not sizes.sum():
-        tqdm.write(f"step {step}: no held-out text, or less than a window")
+    bits, n_bytes = text_bits(model, rows, tok, autocast)
+    if not n_bytes.sum():
+        say(f"step {step}: no held-out text, or less than a window")
         return {name: None}
-    bpb = float(bits.sum() / sizes.sum())
+    bpb = float(bits.sum() / n_bytes.sum())
     stop_if_diverged(bpb, step, config)
-    tqdm.write(f"step {step}: {bpb:.4f} held-out bits per byte"
-               f"{' of the answers' if name == 'answer_bpb' else ''}")
-    if trained_orders(config.knobs):
-        tqdm.write(show_infill(model, tok, config, tok.decode(rows[step % len(rows)][0].tolist())))
+    say(f"step {step}: {bpb:.4f} held-out bits per byte{' of the answers' if name == 'answer_bpb' else ''}")
+    if config.objective in PROMPTS:
+        say(show_infill(model, tok, config, tok.decode(rows[step % len(rows)][0].tolist())))
     return {name: bpb}
+
+
+@torch.no_grad()
+def text_bits(model, rows, tok, autocast=nullcontext()):
+    """rows, (inputs, targets) of T ids each -> bits (N,), n_bytes (N,): per row, -log2 p summed over the targets,
+    and the length of the targets' text. Both without <EOT>, which is no text. The model is in evaluation mode."""
+    device = next(model.parameters()).device
+    rows, bits, lengths = list(rows), [np.zeros(0)], [np.zeros(0)]
+    bytes_of = torch.from_numpy(tok.n_bytes).to(device)
+    batch_size = max(1, 2**25 // (model.config.block_size * model.config.vocab_size))
+    for start in range(0, len(rows), batch_size):
+        batch = zip(*rows[start:start + batch_size])
+        inputs, targets = (torch.from_numpy(np.stack(part)).to(device) for part in batch)
+        n_bytes = bytes_of[targets.clamp(min=0)] * (targets != IGNORE)          # (B, T)
+        with autocast:
+            logits, _ = model(inputs)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(n_bytes == 0, IGNORE).flatten(),
+                               ignore_index=IGNORE, reduction="none").view_as(targets)
+        bits.append(nats.sum(1).cpu().numpy() / math.log(2))
+        lengths.append(n_bytes.sum(1).cpu().numpy())
+    return np.concatenate(bits), np.concatenate(lengths)
 
 
 def show_infill(model, tok, config, text):
     """A few lines to print: the line in the middle of a text, taken out and infilled greedily."""
-    lines = split_lines(text)
+    lines = lines_of(text)
     i = max(range(len(lines)), key=lambda i: (lines[i].strip() != "", -abs(i - len(lines) // 2)))
-    model.eval()
     best, = infill(model, tok, "".join(lines[:i]), "".join(lines[i + 1:]),
-                   order=trained_orders(config.knobs)[-1], spm_layout=config.knobs["spm_layout"],
+                   prompt=partial(PROMPTS[config.objective], tok=tok, **config.knobs),
                    max_new_tokens=min(64, model.config.block_size // 4))
-    model.train()
-    shown = split_lines(best.text)
+    shown = lines_of(best.text)
     shown = "".join(shown[:3]) + ("..." if len(shown) > 3 else "")
     return f"{''.join(lines[max(0, i - 2):i])}⟦{shown}⟧{''.join(lines[i + 1:i + 2]).rstrip()}\n" \
            f"    (between ⟦ and ⟧: the model, {best.ended}; true: {lines[i].strip()!r})"
@@ -452,36 +525,47 @@ def stop_if_diverged(loss, step, config):
         raise OSError(f"the loss is {loss} at step {step}; {kept}; try a lower --lr than {config.lr}")
 
 
-def describe(config, model, tok, batches, device, first):
+def describe(config, model, tok, batches, device, resumed):
     """Prints the run's header."""
     c, n_rows, million = model.config, config.steps * config.batch_size * config.grad_accum, 1e6
-    knobs = "".join(f", {name} {value}" for name, value in config.knobs.items() if name != "short_documents")
-    if n := config.knobs.get("short_documents"):
-        knobs += f"; short documents: at most {n} tokens"
-    print(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "
-          f"{model.n_params() / million:.2f} M parameters "
-          f"({model.n_params(embedding=False) / million:.2f} M without embeddings)")
-    print(f"data       {config.data}: {batches.describe()}, {config.tokenizer} vocabulary of {tok.n_vocab:,}")
-    print(f"objective  {config.objective}{knobs}")
-    print(f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x "
-          f"{config.block_size} tokens = {n_rows * config.block_size / million:.1f} M, "
-          f"{n_rows / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}")
-    print(f"device     {device}, {config.dtype}, {c.attention} attention"
-          + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-          + (f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
-    print(f"out        {config.out}" + (f", going on after step {first}" if first else
-                                        f", from {config.init_from}" if config.init_from else ""))
+    say(f"model      {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}: "
+        f"{model.n_params() / million:.2f} M parameters "
+        f"({model.n_params(embedding=False) / million:.2f} M without embeddings)")
+    say(f"data       {config.data}: {batches.describe()}, {config.tokenizer} vocabulary of {tok.n_vocab:,}")
+    say(f"objective  {', '.join([config.objective, *(f'{k} {v}' for k, v in config.knobs.items())])}")
+    say(f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x "
+        f"{config.block_size} tokens = {n_rows * config.block_size / million:.1f} M, "
+        f"{n_rows / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}")
+    say(f"device     {device}, {config.dtype}, {c.attention} attention"
+        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+        + (f", {dist.get_world_size()} processes" if dist.is_initialized() else ""))
+    say(f"out        {config.out}" + (f", going on after step {resumed['step']}" if resumed else
+                                      f", from {config.init_from}" if config.init_from else ""))
+    if resumed and resumed["config"]["steps"] != config.steps:
+        say(f"           until now the learning rate decayed towards step {resumed['config']['steps']}: this is "
+            f"not what a run of {config.steps} steps from the start would be")
 
 
-def print_estimate(bar, seconds, config, first):
+def print_estimate(seconds, config, first):
     """Prints how long the run will take on this machine, from the seconds that a step takes. An evaluation
     runs forward passes, and a forward pass takes about a third of a step."""
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     evaluated = config.eval_tokens * ((config.steps - first) // config.eval_every + 3) / tokens_per_step / 3
     minutes = seconds * (config.steps - first + evaluated) / 60
     duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} min"
-    bar.write(f"time       about {duration} here, {seconds:.2f} s a step\n")
+    say(f"time       about {duration} here, {seconds:.2f} s per step\n")
 
+
+def say(text):
+    """Prints a text, above the progress bar. That a log cannot be written ends no training."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except OSError:  # the program that reads our output has exited, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# Processes, arithmetic, files, signals
 
 def join_processes(config):
     """-> (device, rank, world). A single process is rank 0 of 1. Under torchrun, every process runs train()
@@ -511,7 +595,7 @@ def join_processes(config):
     return device, rank, world
 
 
-def mean(x, world):
+def all_reduce_mean(x, world):
     """The mean of a number or a tensor over the processes, the same in each of them."""
     if world > 1:
         x = torch.as_tensor(x) / world
@@ -519,137 +603,69 @@ def mean(x, world):
     return x
 
 
-def read_arguments(arguments):
-    """The command line -> (Config, checkpoint): the one to resume from, that of --init-from, or None."""
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    for f in fields(Config):
-        if f.name == "knobs":
-            continue
-        choices = ", ".join(PRESETS if f.name == "preset" else f.metadata["choices"] or ())
-        default = f"default {f.default}" if f.default not in (None, "") else ""
-        extra = "; ".join(filter(None, (choices, default)))
-        help = f.metadata["help"] + (f" ({extra})" if extra else "")
-        add_flag(parser, f.name, f.type, help)
-    owners = defaultdict(dict)  # {knob: {objective: default}}
-    for name, objective in OBJECTIVES.items():
-        for knob, default in knobs_of(objective).items():
-            owners[knob][name] = default
-    for knob, defaults in owners.items():
-        help = "knob of " + ", ".join(f"{name} (default {default})" for name, default in defaults.items())
-        add_flag(parser, knob, type(next(iter(defaults.values()))), help)
-    given = vars(parser.parse_args(arguments))
-    given["knobs"] = {knob: given.pop(knob) for knob in owners if knob in given}
-    if given.pop("resume", False):
-        return resume(given)
+def is_bf16_faster(device):
+    """True if the device computes faster in bf16 than in fp32. On a CPU products are timed: AVX512-BF16 halves
+    their time on AMD's Zen 4, but doubled it on a Xeon whose AMX is off; without it bf16 is emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    A = torch.ones(512, 512)
+    fp32, bf16 = (min(timeit.repeat(lambda: X @ X, number=1, repeat=20)) for X in (A, A.bfloat16()))
+    return device.type == "cpu" and bf16 < fp32
 
-    # Flags override what --init-from brings, which overrides the preset, which overrides the defaults.
-    name = given.get("objective", "ntp")
-    check_choice("--objective", name, OBJECTIVES)
-    given = ({"preset": "finetune", "data": "functions"} if name in ON_PAIRS else {}) | given
-    if given.get("data") == "functions" and name not in ON_PAIRS:
-        raise ValueError("--data functions: prompts and answers, "
-                         f"expected --objective {' or '.join(ON_PAIRS)}")
-    check_choice("--preset", given.get("preset", "toy"), PRESETS)
-    preset = PRESETS[given.get("preset", "toy")]
-    known = knobs_of(OBJECTIVES[name])
-    for knob, value in given["knobs"].items():
-        if knob not in known:
-            takes = ", ".join(map(flag_of, known)) or "none"
-            raise ValueError(f"{flag_of(knob)} {value}: no knob of --objective {name}; "
-                             f"expected its own: {takes}")
-    given["knobs"] = known | {knob: value for knob, value in preset.items() if knob in known} | given["knobs"]
-    check_knobs(name, given["knobs"])
-    if given.get("fim_level") == "document" and known.keys() != knobs_of(fim).keys():
-        raise ValueError(f"--fim-level document: expected --objective fim_psm, fim_spm or fim, not {name}")
-    checkpoint = load_start(given) if given.get("init_from") else None
-    settings = {key: value for key, value in preset.items() if key not in owners}
-    brought = checkpoint["settings"] if checkpoint else {}
-    if brought.get("position") == "rope" and "block_size" in preset:
-        del brought["block_size"]  # rotary positions have no weights: the context may grow
-    config = Config(**settings | brought | given)
-    if not config.out:
-        number = 1
-        while (out := Path("out", config.objective + (f"-{number}" if number > 1 else ""))).exists():
+
+def open_run(config, resumed):
+    """Makes the run's folder, sets config.out and writes config.json -> (folder, metrics.jsonl, a binary file
+    opened behind the lines that the checkpoint to resume knows)."""
+    number = 1
+    while not config.out:
+        try:
+            name = Path("out", config.objective + (f"-{number}" if number > 1 else ""))
+            name.mkdir(parents=True)
+            config.out = str(name)
+        except FileExistsError:
             number += 1
-        config.out = str(out)
-    elif Path(config.out, "ckpt.pt").exists():
-        raise ValueError(f"--out {config.out} already holds a run: --resume goes on with it, another --out "
-                         "starts anew")
-    return config, checkpoint
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+    metrics = open(out / "metrics.jsonl", "ab")
+    metrics.truncate(min(metrics.tell(), resumed["metrics_bytes"] if resumed else 0))
+    return out, metrics
 
 
-def add_flag(parser, name, kind, help):
-    if kind is bool:
-        parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction, help=help)
-    else:
-        parser.add_argument(flag_of(name), type=kind, help=help, metavar=kind.__name__.upper())
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint atomically: path is always, even after a power cut, the old or the new one, whole.
 
-
-def check_knobs(name, knobs):
-    """Raises ValueError, naming the flag, where an objective, called on a few bytes, refuses its knobs."""
-    tok = Tokenizer.bytes()
-    ids = np.array([*b"def f():\n", tok.mid, *b"    return 1\n", tok.eot])
+    Raises OSError if the checkpoint cannot be written."""
+    temporary = path.with_suffix(".tmp")
     try:
-        OBJECTIVES[name](ids, tok, np.random.default_rng(0), **knobs)
-    except ValueError as error:
-        knob, _, rest = str(error).partition(" ")
-        where = f"{flag_of(knob)} {rest}" if knob in knobs else f"--objective {name}: {error}"
-        raise ValueError(where) from None
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns some failed writes into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); "
+                      "what was saved before is whole") from None
 
 
-def load_start(given):
-    """What --init-from names: {"model": weights, "tokenizer", "settings"}. The settings are those of
-    Config that the run takes over.
+@contextmanager
+def signals():
+    """Yields a list which Ctrl-C (or kill) makes longer: stop after this step. A second Ctrl-C stops at once."""
+    asked = []
 
-    Raises ValueError where a flag contradicts one of the settings. A smaller context is allowed, and any
-    context for a model with rotary positions."""
-    path = Path(given["init_from"])
-    ours = path.name == "ckpt.pt" or (path / "ckpt.pt").is_file()
-    if ours:
-        start = load_checkpoint(path)
-    else:
-        from lab.gpt2 import load_gpt2
-        start = load_gpt2(path)
-    settings = {f.name: start["model_config"][f.name] for f in fields(Config)
-                if f.name in start["model_config"] and f.name not in ("attention", "dropout")}
-    settings["tokenizer"] = start["config"]["tokenizer"] if ours else "gpt2"
-    for name, value in settings.items():
-        if name == "block_size" and (settings["position"] == "rope" or given.get(name, value) <= value):
-            continue
-        if given.get(name, value) != value:
-            flag = f"{flag_of(name)} {given[name]}: {path} has {value}"
-            if isinstance(value, bool):
-                flag = flag_of(name if given[name] else "no_" + name)
-                flag = f"{flag}: {path} has it {'on' if value else 'off'}"
-            raise ValueError(f"{flag}; leave the flag out, or start without --init-from")
-    if settings["position"] == "learned":
-        wpe = start["model"]["transformer.wpe.weight"]
-        start["model"]["transformer.wpe.weight"] = wpe[:given.get("block_size", len(wpe))]
-    return {"model": start["model"], "tokenizer": start["tokenizer"], "settings": settings}
+    def ask(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
 
-
-def resume(given):
-    """-> (Config, checkpoint) of the run in --out. The flags given replace its settings where FREE allows it.
-
-    Raises ValueError where a flag would change another setting, or where the run is finished."""
-    if "out" not in given:
-        raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
-    checkpoint = load_checkpoint(given["out"])
-    with checkpoint_fits(given["out"]):
-        saved = Config(**checkpoint["config"])
-        check_knobs(saved.objective, saved.knobs)
-    knobs = given.pop("knobs")
-    before = asdict(saved) | saved.knobs
-    changed = [f"{flag_of(name)} {before.get(name)} to {value}" for name, value in (given | knobs).items()
-               if name not in FREE and value != before.get(name)]
-    if changed:
-        raise ValueError(f"--resume goes on with the settings of {given['out']}, but these changed: "
-                         f"{', '.join(changed)}; leave them out, or start anew with another --out")
-    config = replace(saved, **given)
-    if checkpoint["step"] >= config.steps:
-        raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; nothing is left to do")
-    return config, checkpoint
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 @one_line_errors

@@ -1,0 +1,27 @@
+"""Document-level FIM, only for the comparison (FIM paper, section 4.4): documents become FIM examples before
+windows are cut, so a window may hold part of an example without its sentinels.
+
+    python train.py --objective fim --fim-level document
+"""
+import numpy as np
+
+from objectives import documents_in, fim_example, split
+
+SPM_RATE = {"fim_psm": 0.0, "fim_spm": 1.0}
+
+
+def fim_documents(stream, tok, seed, objective, knobs):
+    """stream (N,) -> a new, longer stream. objective: fim_psm, fim_spm or fim, with its knobs."""
+    rng, out = np.random.default_rng(seed), []
+    knobs = {"spm_rate": SPM_RATE.get(objective), "spm_layout": "joint"} | knobs
+    for document in documents_in(np.asarray(stream), tok, rng, knobs["max_document_tokens"]):
+        if rng.random() < knobs["fim_rate"]:
+            order = "spm" if rng.random() < knobs["spm_rate"] else "psm"
+            text = document[:-1] if document[-1] == tok.eot else document
+            if knobs["span"] == "token":
+                parts = split(text, rng)
+            else:
+                parts = map(tok.encode, split(tok.decode(text, "ignore"), rng, knobs["span"]))
+            document = fim_example(*parts, tok, order, knobs["spm_layout"])
+        out += document
+    return np.array(out, stream.dtype)
