@@ -126,7 +126,7 @@ def read_files(files, desc="reading"):
 
 
 def newlines(text):
-    """A text with \\n for each line end. All text that a model sees, in training and in a prompt, has these."""
+    """A text with \\n for each line end: so is all text that a model sees, in training and in a prompt."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -137,7 +137,7 @@ def kind_of(path):
 
 
 def read_text(path):
-    """A file's text. Raises ValueError if it is not UTF-8 text, once the first MiB that is not has been read."""
+    """A file's text. Raises ValueError, at the first MiB that is not, if it is not UTF-8 text."""
     blocks = []
     with open_text(path) as f:
         while block := f.read(1 << 20):
@@ -158,7 +158,7 @@ def open_text(path, flag="--data"):
 
 
 def records_of(path):
-    """Yields the documents of a .jsonl or .json, each a dict with its "text" (or "content" in place of it)."""
+    """Yields the documents of a .jsonl or .json, each a dict with a "text", which may come as "content"."""
     for place, record in read_records(path, "--data"):
         texts = [record.get(name) for name in ("text", "content")] if isinstance(record, dict) else []
         texts = [text for text in texts if isinstance(text, str)]
@@ -168,8 +168,8 @@ def records_of(path):
 
 
 def read_records(path, flag):
-    """Yields (place, record) of a .jsonl or .ndjson, an object a line, or of a .json: a list, an object, or an
-    object a line. place: "line 3" or "record 3". Raises ValueError, naming flag, path and place."""
+    """Yields (place, record) of a .jsonl or .ndjson, an object per line, or of a .json: a list, an object, or
+    an object per line. place: "line 3" or "record 3". Raises ValueError, naming flag, path and place."""
     with open_text(path, flag) as f:
         if kind_of(path) == "json":
             text = f.read()
@@ -199,13 +199,17 @@ class Tokenizer:
     """Byte-level BPE and five special ids.
 
     encode(text) -> list[int], decode(ids) -> str; decode(encode(text)) == text, and special ids decode to "".
-    Attributes: n_vocab (special ids included), the ids pre suf mid eot mask, and n_bytes, an int64 array
-    (n_vocab,): the number of bytes of each id's text, 0 for a special id.
+    Attributes: n_vocab (special ids included); the ids pre suf mid eot mask, all in specials, their names
+    in names; n_bytes, an int64 array (n_vocab,): the number of bytes of each id's text, 0 for a special id.
     """
     # One piece per match; tokens never cross pieces. A word includes one sign or space before it (".join",
     # " in", "_x"), signs include the line end after them ("):\n"), and a run of spaces stays together, except
-    # its last before a word, so that indentation is one token.
-    PATTERN = r"(?:_|[^\r\n\w])?[^\W\d_]+|\d{1,3}| ?(?:_|[^\s\w])+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    # its last before a word, so that indentation is one token. All characters beyond ASCII count as letters:
+    # engines differ in what they call a letter, and a vocabulary that is learned with Python's re must find
+    # the same pieces in tiktoken's.
+    PATTERN = (r"(?:SIGN|[\t\v\f ])?LETTER+|[0-9]{1,3}| ?SIGN+[\r\n]*|SPACE*[\r\n]|SPACE+(?![^\t-\r ])|SPACE+"
+               .replace("LETTER", r"[^\x00-@\[-`{-\x7f]").replace("SPACE", r"[\t-\r ]")
+               .replace("SIGN", r"[\x00-\x08\x0e-\x1f!-/:-@\[-`{-\x7f]"))
 
     def __init__(self, vocabulary, pattern=PATTERN):
         """vocabulary: list[bytes], the text of each id in merge order, all 256 single bytes among them."""
@@ -216,6 +220,7 @@ class Tokenizer:
         # GPT-2's published weights keep their rows.
         n = len(vocabulary)
         self.specials = self.eot, self.pre, self.suf, self.mid, self.mask = [*range(n, n + 5)]
+        self.names = dict(zip(self.specials, ("<EOT>", "<PRE>", "<SUF>", "<MID>", "<MASK>")))
         self.n_vocab = n + 5
         self.n_bytes = np.array([len(text) for text in vocabulary] + [0] * 5)
 
@@ -287,7 +292,7 @@ def learn_bpe(counts, n):
 
     counts: dict[bytes, int], each distinct piece of the corpus with its frequency. Each step merges the most
     frequent pair of neighbours (ties: the smaller ids), from left to right in each piece, into one id, whose
-    entry is the joined bytes of both. A pair counts wherever it stands, overlapping or not: twice in b"aaa"."""
+    entry is the joined bytes of both. A pair counts wherever it stands, also overlapping: twice in b"aaa"."""
     words, frequency = [list(piece) for piece in counts], list(counts.values())
     vocabulary = [bytes([i]) for i in range(256)]
     pair_count, words_with = Counter(), defaultdict(set)

@@ -74,7 +74,7 @@ def documents_in(ids, tok, rng, max_document_tokens=0):
     """Yields each document in ids as a list of ids. An <EOT> belongs to the document that it ends; the window
     may cut the first and the last.
 
-    With max_document_tokens N > 0 a longer document is cut into several: lengths are uniform from N/4 to N."""
+    With max_document_tokens N > 0 a longer one is cut into several: lengths are uniform from N/4 to N."""
     if max_document_tokens:
         check_range("max_document_tokens", max_document_tokens, 16, 10**9)
     start, least = 0, max_document_tokens // 4
@@ -212,14 +212,14 @@ def spm_prompt(prefix, suffix, tok, *, spm_layout, **knobs):
     return fim_prompt(prefix, suffix, tok, "spm", spm_layout)
 
 
-def fim_joint_prompt(prefix, suffix, tok, *, spm_rate, **knobs):
+def both_prompt(prefix, suffix, tok, *, spm_rate, **knobs):
     """Of a model trained in both orders: SPM, in which such models infill better (FIM, section 4.4)."""
     return (spm_prompt if spm_rate else psm_prompt)(prefix, suffix, tok, **knobs)
 
 
 # How a model trained under an objective is prompted for an infill: lists of ids prefix, suffix and the
 # objective's knobs -> ids, after which the model writes the middle. A name without an entry cannot infill.
-PROMPTS = {"fim_psm": psm_prompt, "fim_spm": spm_prompt, "fim": fim_joint_prompt, "fim_meap": fim_joint_prompt}
+PROMPTS = {"fim_psm": psm_prompt, "fim_spm": spm_prompt, "fim": both_prompt, "fim_meap": both_prompt}
 
 # The knobs in a sentence each, for train.py --help. (A knob that is not listed here works as well.)
 KNOBS = {
@@ -256,8 +256,10 @@ def check_choice(name, value, choices):
 def rows_of_every_objective(text, tok, seed=31):
     """Yields (name, knobs, inputs, targets) of one text. Such a short text is always a FIM example."""
     for name, objective in OBJECTIVES.items():
-        prompt, end, answer = text.partition(":\n")
-        ids = [*tok.encode(prompt + end), tok.mid, *tok.encode(answer)] if name in ON_PAIRS else tok.encode(text)
+        ids = tok.encode(text)
+        if name in ON_PAIRS:
+            prompt, end, answer = text.partition(":\n")
+            ids = [*tok.encode(prompt + end), tok.mid, *tok.encode(answer)]
         shown = {"fim_rate": 1.0, "min_answer": 10}
         knobs = {knob: shown.get(knob, default) for knob, default in knobs_of(objective).items()}
         yield name, knobs, *objective(np.array([*ids, tok.eot]), tok, np.random.default_rng(seed), **knobs)
@@ -276,15 +278,15 @@ def main():
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sign for a line end
     with open(__file__, encoding="utf-8") as f:
         tok = Tokenizer.train([f.read(), TEXT * 9], 600)
-    names = {tok.pre: "<PRE>", tok.suf: "<SUF>", tok.mid: "<MID>", tok.eot: "<EOT>", tok.mask: "<MASK>", IGNORE: ""}
+    names = tok.names | {IGNORE: ""}
     room = shutil.get_terminal_size().columns
     for name, knobs, inputs, targets in rows_of_every_objective(TEXT, tok):
         print(f"\n{name} {' '.join(f'{knob}={value}' for knob, value in knobs.items())}\n"
               f"loss on {(targets != IGNORE).sum()} targets of {len(targets)}")
         lines = ["input  ", "target "]
         for pair in zip(inputs.tolist(), targets.tolist()):
-            cells = [names.get(i) or tok.decode([i]).replace("\n", "⏎").replace(" ", "·") if i not in names
-                     else names[i] for i in pair]
+            cells = [names[i] if i in names else tok.decode([i]).replace("\n", "⏎").replace(" ", "·")
+                     for i in pair]
             width = max(map(len, cells)) + 1
             if len(lines[0]) + width > room:
                 print(*lines, sep="\n")

@@ -34,7 +34,6 @@ from data import Tokenizer, lines_of, newlines
 from model import GPT, GPTConfig, KVCache
 from objectives import ON_PAIRS, PROMPTS, check_range, fim_prompt
 
-
 # Generation
 
 @torch.inference_mode()
@@ -62,7 +61,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, st
     for i in range(max_new_tokens):
         if i > 0:
             new = context[:, -1:]
-            if cache.length == size:  # full: forget the older half of the context, compute the newer one again
+            if cache.length == size:  # full: forget the older half of the context, compute the newer again
                 cache.length, new = 0, context[:, -(size // 2):]
             logits = model(new, cache=cache)[0][:, -1]
         log_p = F.log_softmax(logits.float(), dim=-1)
@@ -133,10 +132,10 @@ def infill(model, tok, prefix, suffix, n=1, prompt=None, max_new_tokens=64, temp
     """Fills the hole between two texts: a list of n Infill, the best first. A sample that did not stop is cut
     where it begins to repeat the suffix.
 
-    prompt: a function, lists of ids prefix and suffix -> the prompt's ids (see objectives.PROMPTS); where it is
-    None, that of load_model: the layout in which the model was trained. stream: called with each new piece of
-    text, before any cut. cache: a PromptCache, kept from one infill to the next. Both expect n = 1. warn, and
-    the ValueError that may be raised: see infill_prompt."""
+    prompt: a function, lists of ids prefix and suffix -> the prompt's ids (see objectives.PROMPTS). None:
+    that of load_model, the layout in which the model was trained. stream: called with each new piece of text,
+    before any cut. cache: a PromptCache, kept from one infill to the next. Both expect n = 1. warn, and the
+    ValueError that may be raised: see infill_prompt."""
     ids = infill_prompt(model, tok, prefix, suffix, max_new_tokens, prompt, warn)
     if cache:
         cache.cut_back_to(ids)
@@ -161,8 +160,8 @@ def infill_prompt(model, tok, prefix, suffix, max_new_tokens, prompt=None, warn=
     ValueError where there is no room for text, or nothing says how the model is prompted."""
     prompt = prompt or getattr(model, "prompt", None)
     if not prompt:
-        raise ValueError("this model was not trained to infill: expected a checkpoint of an objective with an "
-                         f"entry in objectives.PROMPTS ({', '.join(PROMPTS)})")
+        raise ValueError("this model was not trained to infill: expected an objective with an entry in "
+                         f"objectives.PROMPTS ({', '.join(PROMPTS)})")
     prefix, suffix = tok.encode(newlines(prefix)), tok.encode(newlines(suffix))
     block_size = model.config.block_size
     room = block_size - 3 - max_new_tokens                                      # for text, beside 3 sentinels
@@ -260,7 +259,8 @@ def load_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise OSError(f"{path}: its weights do not fit the model ({' '.join(str(error).split())[:300]})") from None
+        why = " ".join(str(error).split())[:300]
+        raise OSError(f"{path}: its weights do not fit the model ({why})") from None
 
 
 def newest_run(root="out"):
@@ -288,14 +288,17 @@ def pick_device(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument is a ValueError, and --help shows defaults."""
+    """argparse, but flags cannot be abbreviated, and a bad argument is a ValueError."""
+    hint = ""  # what to add where a flag is unknown
 
     def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings)
+        super().__init__(allow_abbrev=False, usage="%(prog)s [flags]", **settings)
 
     def error(self, message):
         if "expected one argument" in message:
-            message += "; a value that begins with - is written --flag=-value"
+            message += ": one that begins with - is written --flag=-value"
+        if "unrecognized" in message:
+            message += self.hint
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
@@ -303,7 +306,8 @@ def within(low, high=math.inf):
     """A type for argparse: a number from low to high, whole where low is."""
     def number(text):
         if not low <= type(low)(text) <= high:  # false for NaN, too
-            raise argparse.ArgumentTypeError(f"{text}: expected {low} to {high}")
+            expected = f"{low} to {high}" if high < math.inf else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
         return type(low)(text)
     number.__name__ = type(low).__name__
     return number
@@ -313,9 +317,9 @@ def one_line_errors(main):
     """Wraps a script's main: prints an error as one line. Exit code 2: bad arguments, 1: a failed run."""
     @functools.wraps(main)
     def wrapped(arguments=None):
-        for output in (sys.stdout, sys.stderr):  # what a terminal or a log cannot show is replaced, and ends no run
-            if hasattr(output, "reconfigure"):   # a notebook's has none
-                output.reconfigure(errors="replace")
+        for output in (sys.stdout, sys.stderr):
+            if hasattr(output, "reconfigure"):  # a notebook's has not
+                output.reconfigure(errors="replace")  # what a terminal or a log cannot show ends no run
         try:
             main(arguments)
             return sys.stdout.flush()
@@ -327,10 +331,12 @@ def one_line_errors(main):
         except (ValueError, OSError) as error:
             code, message = 2 if isinstance(error, ValueError) else 1, str(error)
         except (MemoryError, RuntimeError) as error:  # only torch's message tells which error it is
-            code, message = 1, "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
-            if re.search(r"working (C\+\+ compiler|triton)", str(error)):
-                message = f"--compile: {str(error).splitlines()[0]}; install it, or leave --compile out"
-            elif not (isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error))):
+            code, text = 1, str(error) or "out of memory"
+            if re.search(r"working (C\+\+ compiler|triton)", text):
+                message = f"--compile: {text.splitlines()[0]}; install it, or leave --compile out"
+            elif re.search("out of memory|t allocate memory", text):
+                message = "out of memory: lower --batch-size, --block-size or --n-embd; in sampling, --n"
+            else:
                 raise
         if message:
             print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -346,22 +352,26 @@ def unescape(text):
 
 
 def add_sampling(parser):
-    """The flags that the scripts which sample share."""
-    parser.add_argument("--ckpt", metavar="DIR", help="a run's folder; else the newest under out/")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    parser.add_argument("--n", type=within(1, 1024), default=1, help="samples; infills are ranked")
-    parser.add_argument("--max-new-tokens", type=within(1), default=64, help="the most tokens of a sample")
-    parser.add_argument("--temperature", type=within(0.0, 100.0), help="0 is greedy; else 0 if --n is 1, 0.8 for more samples")
-    parser.add_argument("--top-k", type=within(0), default=0, help="draw from the k likeliest tokens, 0 for all")
-    parser.add_argument("--top-p", type=within(1e-6, 1.0), default=1.0, help="draw from the fewest with this probability")
-    parser.add_argument("--seed", type=within(0, 2**63), default=1, help="of the draws")
+    """The flags that all scripts which sample share."""
+    parser.add_argument("--ckpt", metavar="DIR", help="a run's folder (default: the newest under out/)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument("--n", type=within(1, 1024), default=1, help="samples, infills ranked (default: 1)")
+    parser.add_argument("--max-new-tokens", type=within(1), default=64, metavar="N",
+                        help="the most per sample (default: 64)")
+    parser.add_argument("--temperature", type=within(0.0, 100.0), metavar="T",
+                        help="0: greedy (default: 0 for one sample, 0.8 for several)")
+    parser.add_argument("--top-k", type=within(0), default=0, metavar="K",
+                        help="draw from the K likeliest tokens (default: 0, all)")
+    parser.add_argument("--top-p", type=within(1e-6, 1.0), default=1.0, metavar="P",
+                        help="draw from the fewest tokens that have this probability (default: 1)")
+    parser.add_argument("--seed", type=within(0, 2**63), default=1, help="of the draws (default: 1)")
 
 
 def encode_raw(text, tok):
     """A text in which <PRE>, <SUF>, <MID>, <EOT> and <MASK> stand for the special ids -> ids."""
-    marks = {"<PRE>": tok.pre, "<SUF>": tok.suf, "<MID>": tok.mid, "<EOT>": tok.eot, "<MASK>": tok.mask}
-    parts = re.split(f"({'|'.join(marks)})", text)
-    return [i for part in parts for i in ([marks[part]] if part in marks else tok.encode(part))]
+    ids = {name: i for i, name in tok.names.items()}
+    parts = re.split(f"({'|'.join(ids)})", text)
+    return [i for part in parts for i in ([ids[part]] if part in ids else tok.encode(part))]
 
 
 def read_arguments(arguments):
@@ -372,7 +382,7 @@ def read_arguments(arguments):
     parser.add_argument("--prefix", **text, help="text before the hole")
     parser.add_argument("--suffix", **text, help="text after the hole")
     parser.add_argument("--instruct", **text, help="a prompt to answer, for a model trained on pairs")
-    parser.add_argument("--raw", **text, help="a prompt in which <PRE> <SUF> <MID> <EOT> <MASK> are sentinels")
+    parser.add_argument("--raw", **text, help="a prompt with sentinels: <PRE> <SUF> <MID> <EOT> <MASK>")
     parser.add_argument("--order", choices=("psm", "spm"), help="of infilling, for a model trained in both")
     parser.add_argument("--stream", action="store_true", help="print tokens as they come")
     add_sampling(parser)
@@ -405,7 +415,8 @@ def main(arguments=None):
                 raise ValueError(f"--order {args.order}: {path} was trained with --objective {objective}, "
                                  "expected fim or fim_meap, which have both orders")
             prompt = partial(fim_prompt, tok=tok, order=args.order, spm_layout=knobs["spm_layout"])
-        infills = infill(model, tok, args.prefix, args.suffix, prompt=prompt, stream=stream, warn=note, **settings)
+        infills = infill(model, tok, args.prefix, args.suffix, prompt=prompt, stream=stream, warn=note,
+                         **settings)
         for rank, best in enumerate(infills, 1):
             if args.n > 1:
                 print(f"--- {rank} of {args.n}, {best.ended}, {best.mean_log_p:.2f} nats per token")
@@ -415,8 +426,8 @@ def main(arguments=None):
         return
 
     if mode == "instruct" and objective not in ON_PAIRS:
-        raise ValueError(f"{path} was trained with --objective {objective}, which never saw prompts and answers: "
-                         f"expected a checkpoint of {' or '.join(ON_PAIRS)}, or --prompt instead")
+        raise ValueError(f"{path} was trained with --objective {objective}, which never saw prompts and "
+                         f"answers: expected a checkpoint of {' or '.join(ON_PAIRS)}, or --prompt instead")
     text = newlines(getattr(args, mode))
     ids = encode_raw(text, tok) if mode == "raw" else [*tok.encode(text), *[tok.mid] * (mode == "instruct")]
     idx = torch.tensor([ids or [tok.eot]], device=next(model.parameters()).device)  # <EOT>: a document begins

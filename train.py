@@ -7,8 +7,8 @@
     python train.py --objective sft --init-from out/ntp   fine-tunes a finished model on prompts and answers
     torchrun --nproc_per_node=8 train.py --preset gpt2 --data code.jsonl.gz    on 8 GPUs, the same run
 
-From top to bottom: presets and settings, the loop, learning rate and optimisers, evaluation, what the loop needs
-from the machine: processes, arithmetic, checkpoints, signals.
+From top to bottom: presets and settings, the loop, learning rate and optimisers, evaluation, what is printed,
+and what the loop needs from the machine: processes, arithmetic, files.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import sys
 import time
 import timeit
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -35,20 +35,20 @@ from tqdm import tqdm
 
 from data import GENERATED, Batches, Tokenizer, lines_of, prepare, text_rows
 from model import GPT, GPTConfig
-from objectives import IGNORE, KNOBS, OBJECTIVES, ON_PAIRS, PROMPTS, check_choice, knobs_of, ntp
+from objectives import IGNORE, KNOBS, OBJECTIVES, ON_PAIRS, PROMPTS, knobs_of, ntp
 from sample import Parser, infill, load_checkpoint, load_weights, one_line_errors, pick_device, within
-
 
 # Presets and settings
 
-def paper(n_layer, n_embd, n_head, lr, params):
-    """A model of the FIM paper (table 3: shape, learning rate, 2^19 tokens in a batch, context 2048), trained
-    on 20 tokens per parameter (Hoffmann et al., 2022) instead of the paper's 100 B tokens. The paper has
-    relative attention; these presets have rotary positions and normalised queries and keys."""
+def paper(n_layer, n_embd, n_head, lr, params, batch=2**19):
+    """A model of the FIM paper (table 3: shape, learning rate, tokens per batch; context 2048), trained on 20
+    tokens per parameter (Hoffmann et al., 2022) instead of the paper's 100 B tokens. The paper has relative
+    attention; these presets have rotary positions and normalised queries and keys."""
     return {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "block_size": 2048, "bias": True,
             "tied": False, "token_shift": False, "tokenizer": "gpt2", "optimizer": "adamw", "lr": lr,
-            "embedding_lr_scale": 1.0, "batch_size": 8, "grad_accum": 32, "steps": 20 * params // 2**19,
-            "warmup": 500, "final_lr": 0.1, "eval_every": 500, "save_every": 500}
+            "embedding_lr_scale": 1.0, "batch_size": 8, "grad_accum": batch // (8 * 2048),
+            "steps": 20 * params // batch, "warmup": 500, "final_lr": 0.1, "eval_every": 500,
+            "save_every": 500}
 
 
 # A CPU's budget holds too few documents for the paper's one hole per document.
@@ -72,7 +72,7 @@ PRESETS = {
     "small": paper(12, 768, 12, 6e-4, 164_000_000),         # 2.6 GB
     "medium": paper(24, 1024, 16, 3e-4, 411_000_000),       # 6.6 GB
     "large": paper(24, 1536, 16, 2.5e-4, 844_000_000),      # 13.5 GB
-    "xl": paper(24, 2048, 16, 4e-4, 1_400_000_000),         # 22.4 GB
+    "xl": paper(24, 2048, 16, 4e-4, 1_400_000_000, 2**20),  # 22.4 GB
 }
 # What --resume may change; everything else decides the weights.
 RESUME_MAY_CHANGE = {"data", "out", "cache_dir", "steps", "device", "compile", "eval_every", "eval_tokens",
@@ -84,20 +84,22 @@ def settings_parser(objective):
     parser = Parser(description=__doc__.splitlines()[0])
 
     def group(title, example):
-        return partial(add, parser.add_argument_group(title, f"such as {example}"))
+        return partial(add, parser.add_argument_group(title, f"such as {example}" if example else "none"))
 
     flag = group("what to train", "--objective fim --preset laptop")
     flag("--objective", "ntp", "what to predict", OBJECTIVES)
     flag("--preset", "toy", "model, budget and learning rate in one; other flags go over it", PRESETS)
-    flag("--init-from", "", "a run's folder, or GPT-2's weights: start from its weights, shape and vocabulary")
+    flag("--init-from", "", "a run's folder, or GPT-2's weights: start from its weights, shape, vocabulary")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
 
     flag = group("data", "--data 'src/**/*.py' --vocab-size 4096")
-    flag("--data", "stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of text or "
-         ".jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
-    flag("--tokenizer", "bpe", "learned from the data, raw bytes, or GPT-2's (a download)", ("bpe", "bytes", "gpt2"))
+    flag("--data", "stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of "
+         "text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
+    flag("--tokenizer", "bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
+         ("bpe", "bytes", "gpt2"))
     flag("--vocab-size", 2048, "ids of the bpe tokenizer, the 5 special ones included", within(261, 10**6))
-    flag("--fim-level", "context", "FIM inside the window, or on whole documents before", ("context", "document"))
+    flag("--fim-level", "context", "FIM inside the window, or on whole documents before",
+         ("context", "document"))
     flag("--cache-dir", "cache", "folder of tokenised corpora")
 
     flag = group("model", "--n-layer 6 --n-embd 192 --n-head 3")
@@ -119,9 +121,10 @@ def settings_parser(objective):
     flag("--steps", 750, "optimiser steps", within(1))
     flag("--batch-size", 16, "rows in a batch", within(1))
     flag("--grad-accum", 1, "batches in a step; torchrun's processes share them", within(1))
-    flag("--optimizer", "muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW", ("muon", "adamw"))
+    flag("--optimizer", "muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW",
+         ("muon", "adamw"))
     flag("--lr", 0.01, "peak learning rate", within(1e-12))
-    flag("--embedding-lr-scale", 3.0, "learning rate of embeddings and output layer, as a multiple", within(0.0))
+    flag("--embedding-lr-scale", 3.0, "times --lr: learning rate of embeddings and output", within(0.0))
     flag("--warmup", 40, "steps of linear warm-up", within(0))
     flag("--final-lr", 0.0, "share of the peak at which the linear decay ends", within(0.0, 1.0))
     flag("--weight-decay", 0.1, "decay of matrices", within(0.0))
@@ -136,20 +139,25 @@ def settings_parser(objective):
     flag("--dtype", "auto", "arithmetic; auto: bf16 where that is faster", ("auto", "fp32", "bf16"))
     flag("--compile", False, "torch.compile the model")
     flag("--eval-every", 150, "steps between evaluations", within(1))
-    flag("--eval-tokens", 32768, "held-out tokens in an evaluation, four times as many in the last", within(1))
+    flag("--eval-tokens", 32768, "held-out tokens per evaluation, four times as many in the last", within(1))
     flag("--save-every", 150, "steps between checkpoints", within(1))
 
-    flag = group(f"knobs of --objective {objective}", "--mask-ratio 0.3; another --objective has others")
-    for knob, default in knobs_of(OBJECTIVES[objective]).items():
+    knobs = knobs_of(OBJECTIVES[objective])
+    shown = ", ".join(f"{flag_of(knob)} {default}" for knob, default in knobs.items())
+    parser.hint = f"; the knobs of --objective {objective}: {shown or 'none'}"
+    flag = group(f"knobs of --objective {objective} (another has others)", shown)
+    for knob, default in knobs.items():
         try:
             flag(flag_of(knob), default, KNOBS.get(knob, f"see {objective} in objectives.py"))
         except argparse.ArgumentError:
-            raise ValueError(f"--objective {objective}: train.py has a flag {flag_of(knob)}; rename this knob") from None
+            raise ValueError(f"--objective {objective}: its knob {knob} has the name of a flag of train.py; "
+                             "rename it") from None
     return parser
 
 
 def add(group, flag, default, help, values=None):
     """Adds a flag. values: its choices, or the type that converts and checks it; else the default's type."""
+    help += "" if default in ("", None) else " (default: %(default)s)"
     if isinstance(default, bool):
         group.add_argument(flag, default=default, help=help, action=argparse.BooleanOptionalAction)
     elif callable(values):
@@ -166,69 +174,65 @@ def flag_of(name):
 
 def read_arguments(arguments=None):
     """The command line -> (config, start). config: each setting by name, the objective's own in config.knobs.
-    start: the checkpoint to resume from, what --init-from brings, or None.
-
-    Flags go over what start brings, that over the preset, the preset over the defaults. Raises ValueError or
-    OSError."""
-    first = Parser(add_help=False)  # what decides about the other flags and their defaults
-    for flag in ("--objective", "--preset", "--init-from", "--out"):
-        first.add_argument(flag, default="")
+    start: the checkpoint to resume from, what --init-from brings, or None. Raises ValueError or OSError."""
+    # A first parser reads what decides about the other flags and their defaults.
+    first = Parser(add_help=False)
+    first.add_argument("--objective", default="ntp", choices=OBJECTIVES)
+    first.add_argument("--preset", choices=PRESETS)
+    first.add_argument("--init-from", default="")
+    first.add_argument("--out", default="")
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
-    objective, start, brought = given.objective or "ntp", None, {}
+
+    # Flags go over what a checkpoint fixes, that over the preset, the preset over the defaults.
+    objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
+    defaults |= PRESETS[given.preset or defaults["preset"]]
     if given.resume:
         if not given.out:
             raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
         start = load_checkpoint(given.out)
-        brought = start["config"] | start["config"]["knobs"]
-        objective = brought["objective"]
-    else:
-        check_choice("--objective", objective, OBJECTIVES)
-        check_choice("--preset", given.preset or defaults["preset"], PRESETS)
-        defaults |= PRESETS[given.preset or defaults["preset"]]
-        if given.init_from:
-            start, brought = load_start(given.init_from, defaults)
-
+        fixed = start["config"] | start["config"]["knobs"]
+        objective = fixed["objective"]
+    elif given.init_from:
+        start, fixed = load_start(given.init_from, defaults)
     parser = settings_parser(objective)
-    names = [name for name in {**defaults, **brought} if parser.get_default(name) is not None]
-    parser.set_defaults(**{name: (defaults | brought)[name] for name in names})
+    known = parser.parse_args([])
+    parser.set_defaults(**{name: value for name, value in (defaults | fixed).items() if name in known})
     config = parser.parse_args(arguments)
-    free = RESUME_MAY_CHANGE if given.resume else {"block_size"} if brought.get("position") == "rope" else set()
-    for name in names:
-        value = getattr(config, name)
-        if name in brought and value != brought[name] and name not in free:
-            raise ValueError(f"{flag_of(name)} {value}: {given.out if given.resume else given.init_from} has "
-                             f"{brought[name]}; leave the flag out, or start anew without "
-                             f"{'--resume' if given.resume else '--init-from'}")
+
+    # What the checkpoint fixes stays. With rotary positions the context may grow; learned ones can be cut.
+    free = RESUME_MAY_CHANGE if given.resume else {"block_size"}
+    for name, value in fixed.items():
+        if name in known and name not in free and getattr(config, name) != value:
+            flag, path = ("--resume", given.out) if given.resume else ("--init-from", given.init_from)
+            raise ValueError(f"{flag_of(name)} {getattr(config, name)}: {path} has {value}; leave it out, or "
+                             f"start anew without {flag}")
+    if given.init_from and config.position == "learned":
+        positions = start["model"]["transformer.wpe.weight"]
+        start["model"]["transformer.wpe.weight"] = positions[:config.block_size]
     config.knobs = {knob: vars(config).pop(knob) for knob in knobs_of(OBJECTIVES[objective])}
     del config.resume
     if given.resume and start["step"] >= config.steps:
         raise ValueError(f"--resume: {config.out} has all its {config.steps} steps; --steps N goes on to N")
     if not given.resume and given.out and Path(given.out, "ckpt.pt").exists():
-        raise ValueError(f"--out {given.out} already holds a run: --resume goes on with it, another --out starts anew")
-    if (config.data == "functions") > (objective in ON_PAIRS):
-        raise ValueError(f"--data functions: prompts and answers, expected --objective {' or '.join(ON_PAIRS)}")
-    if config.fim_level == "document" and objective not in ("fim_psm", "fim_spm", "fim"):
-        raise ValueError(f"--fim-level document: expected --objective fim_psm, fim_spm or fim, not {objective}")
+        raise ValueError(f"--out {given.out} already holds a run: go on with --resume, or take another --out")
     return config, start
 
 
 def load_start(path, preset):
-    """What --init-from names -> ({"model": weights, "tokenizer"}, the settings that the run takes over).
-
-    With rotary positions, which have no weights, the preset may set another context."""
+    """What --init-from names -> ({"model": weights, "tokenizer"}, the settings that it fixes)."""
     if Path(path).name == "ckpt.pt" or Path(path, "ckpt.pt").is_file():
         start = load_checkpoint(path)
         tokenizer = start["config"]["tokenizer"]
     else:
         from lab.gpt2 import load_gpt2
         start, tokenizer = load_gpt2(path), "gpt2"
-    brought = start["model_config"] | {"tokenizer": tokenizer}
-    del brought["attention"], brought["dropout"]
-    if brought["position"] == "rope" and "block_size" in preset:
-        del brought["block_size"]
-    return {"model": start["model"], "tokenizer": start["tokenizer"]}, brought
+    fixed = start["model_config"] | {"tokenizer": tokenizer}
+    del fixed["attention"], fixed["dropout"]  # these have no weights, as rotary positions have none
+    if fixed["position"] == "rope" and "block_size" in preset:
+        del fixed["block_size"]
+    return {"model": start["model"], "tokenizer": start["tokenizer"]}, fixed
 
 
 # The loop
@@ -263,18 +267,31 @@ def train(config, start=None, measure=None):
     if world > 1:
         forward = DistributedDataParallel(forward)  # averages the processes' gradients within backward()
 
-    # This process's n micro-batches of a step. The first are built before anything is written: a bad knob shows.
+    # A step has grad_accum micro-batches, n for each process. The first are built before the run's folder is:
+    # a bad value of an objective's knob shows here.
     n = config.grad_accum // world
-    micro_batches = build_batches(batches, [(first * n + i) * world + rank for i in range(n)], device)
+
+    def build(step):
+        return build_batches(batches, [(step * n + i) * world + rank for i in range(n)], device)
+
+    micro_batches = build(first)
     out, metrics = open_run(config, start if resuming else None) if rank == 0 else (None, None)
     describe(config, model, tok, batches, device, start if resuming else None)
 
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
+    asked_to_stop = []
+
+    def ask_to_stop(*_):  # Ctrl-C or kill: save after this step. A second Ctrl-C stops at once
+        if asked_to_stop:
+            raise KeyboardInterrupt
+        asked_to_stop.append(True)
+
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     report, logged, started = {}, first, time.perf_counter()
     model.train()
     with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
-              disable=True if rank > 0 else None) as bar, signals() as asked_to_stop:
+              disable=True if rank > 0 else None) as bar:
         for step in range(first, config.steps):
             # 1. Forward and backward. The loss of a step is the mean over all its targets, however they are
             # divided among micro-batches and processes.
@@ -282,16 +299,16 @@ def train(config, start=None, measure=None):
             n_targets, loss = all_reduce_mean(sum(counts), world).clamp(min=1), 0.0
             for i, (inputs, targets) in enumerate(micro_batches):
                 torch.manual_seed(config.seed * 2**32 + (step * n + i) * world + rank)  # decides dropout
-                with forward.no_sync() if world > 1 and i < n - 1 else nullcontext(), autocast:
-                    micro_loss = forward(inputs, targets)[1] * counts[i] / n_targets
-                    micro_loss.backward()
-                loss = loss + micro_loss.detach()
+                with forward.no_sync() if world > 1 and i < n - 1 else nullcontext():
+                    with autocast:
+                        micro_loss = forward(inputs, targets)[1]
+                    (micro_loss * counts[i] / n_targets).backward()
+                loss = loss + micro_loss.detach() * counts[i] / n_targets
 
             # 2. Build the next step's micro-batches, while a GPU is still at work.
             done = step + 1
             if done < config.steps:
-                numbers = [(done * n + i) * world + rank for i in range(n)]
-                micro_batches = build_batches(batches, numbers, device)
+                micro_batches = build(done)
 
             # 3. Update the weights.
             if config.clip:
@@ -305,9 +322,11 @@ def train(config, start=None, measure=None):
             if done == first + 2:
                 began = time.perf_counter()  # the first steps are slower than the others
             if done == first + 8:
-                print_estimate((time.perf_counter() - began) / 6, config, first)
+                seconds = (time.perf_counter() - began) / 6
+                say(f"time       about {seconds * (config.steps - done) / 60:.1f} min here, and evaluations; "
+                    f"{seconds:.2f} s per step\n")
 
-            # 4. Now and then, log and evaluate. If one process is asked to stop, all stop after the same step.
+            # 4. Now and then, log and evaluate. If one process is asked to stop, all stop, after this step.
             stop = all_reduce_mean(float(bool(asked_to_stop)), world) > 0
             last = done == config.steps
             evaluates = last or done % config.eval_every == 0
@@ -332,8 +351,8 @@ def train(config, start=None, measure=None):
                 metrics.write(json.dumps(line).encode() + b"\n")
                 metrics.flush()
             if saves:
-                if not all(p.isfinite().all() for p in model.parameters()):  # the loss is from before the update
-                    stop_if_diverged(math.nan, done, config)
+                # The loss above is from before the update: check that the updated weights are still finite.
+                stop_if_diverged(sum(p.abs().sum().item() for p in model.parameters()), done, config)
                 if rank == 0:
                     save_checkpoint(out / "ckpt.pt", {
                         "step": done, "config": vars(config), "model_config": asdict(model.config),
@@ -342,6 +361,8 @@ def train(config, start=None, measure=None):
             if stop:
                 break
             logged, started = done, time.perf_counter()
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if world > 1:
         dist.destroy_process_group()
     name = shlex.quote(config.out)
@@ -361,11 +382,13 @@ def make_data(config, start, rank, world):
         from lab.pairs import prepare_pairs
         data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective, *shape)
     else:
-        tok, stream, held_out, text = prepare(config.data, config.tokenizer, config.vocab_size, config.cache_dir, tok)
+        tok, stream, held_out, text = prepare(config.data, config.tokenizer, config.vocab_size,
+                                              config.cache_dir, tok)
         if config.fim_level == "document":
             from lab.document_fim import fim_documents
             stream, objective = fim_documents(stream, tok, config.seed, config.objective, config.knobs), ntp
-        data = tok, Batches(stream, objective, tok, *shape), partial(text_rows, held_out, config.block_size), text
+        held_out_rows = partial(text_rows, held_out, config.block_size)
+        data = tok, Batches(stream, objective, tok, *shape), held_out_rows, text
     if rank == 0 and world > 1:
         dist.barrier()
     return data
@@ -391,10 +414,11 @@ def make_model(config, n_vocab, device):
 # Learning rate and optimisers
 
 def learning_rate(step, config):
-    """Linear warm-up to the peak lr, then linear decay to final_lr * lr at the last step."""
+    """Linear warm-up to the peak lr, then linear decay towards final_lr * lr, which it would reach at the
+    step after the last. step counts from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    progress = (step + 1 - config.warmup) / max(1, config.steps - config.warmup)
+    progress = (step - config.warmup) / (config.steps - config.warmup)
     return config.lr * (1 - (1 - config.final_lr) * progress)
 
 
@@ -425,7 +449,8 @@ class Muon(torch.optim.Optimizer):
     learning rate serves both optimisers. bf16: the matrix products are in bf16 instead of fp32."""
 
     def __init__(self, matrices, lr, weight_decay=0.1, momentum=0.95, bf16=False):
-        super().__init__(matrices, {"lr": lr, "scale": 1.0, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(matrices, {"lr": lr, "scale": 1.0, "weight_decay": weight_decay,
+                                    "momentum": momentum})
         self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @torch.no_grad()
@@ -486,8 +511,9 @@ def held_out_report(model, held_out_rows, tok, config, step, autocast):
 
 @torch.no_grad()
 def text_bits(model, rows, tok, autocast=nullcontext()):
-    """rows, (inputs, targets) of T ids each -> bits (N,), n_bytes (N,): per row, -log2 p summed over the targets,
-    and the length of the targets' text. Both without <EOT>, which is no text. The model is in evaluation mode."""
+    """rows, (inputs, targets) of T ids each -> bits (N,), n_bytes (N,): per row, -log2 p summed over the
+    targets, and the length of the targets' text. Both without <EOT>, which is no text. Expects the model in
+    evaluation mode."""
     device = next(model.parameters()).device
     rows, bits, lengths = list(rows), [np.zeros(0)], [np.zeros(0)]
     bytes_of = torch.from_numpy(tok.n_bytes).to(device)
@@ -498,8 +524,9 @@ def text_bits(model, rows, tok, autocast=nullcontext()):
         n_bytes = bytes_of[targets.clamp(min=0)] * (targets != IGNORE)          # (B, T)
         with autocast:
             logits, _ = model(inputs)
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.masked_fill(n_bytes == 0, IGNORE).flatten(),
-                               ignore_index=IGNORE, reduction="none").view_as(targets)
+        targets = targets.masked_fill(n_bytes == 0, IGNORE)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE,
+                               reduction="none").view_as(targets)
         bits.append(nats.sum(1).cpu().numpy() / math.log(2))
         lengths.append(n_bytes.sum(1).cpu().numpy())
     return np.concatenate(bits), np.concatenate(lengths)
@@ -532,7 +559,8 @@ def describe(config, model, tok, batches, device, resumed):
         f"{model.n_params() / million:.2f} M parameters "
         f"({model.n_params(embedding=False) / million:.2f} M without embeddings)")
     say(f"data       {config.data}: {batches.describe()}, {config.tokenizer} vocabulary of {tok.n_vocab:,}")
-    say(f"objective  {', '.join([config.objective, *(f'{k} {v}' for k, v in config.knobs.items())])}")
+    knobs = "".join(f", {knob} {value}" for knob, value in config.knobs.items())
+    say(f"objective  {config.objective}{knobs}")
     say(f"training   {config.steps:,} steps of {config.batch_size * config.grad_accum} x "
         f"{config.block_size} tokens = {n_rows * config.block_size / million:.1f} M, "
         f"{n_rows / batches.n_windows:.1f} epochs, {config.optimizer}, learning rate {config.lr}")
@@ -542,18 +570,8 @@ def describe(config, model, tok, batches, device, resumed):
     say(f"out        {config.out}" + (f", going on after step {resumed['step']}" if resumed else
                                       f", from {config.init_from}" if config.init_from else ""))
     if resumed and resumed["config"]["steps"] != config.steps:
-        say(f"           until now the learning rate decayed towards step {resumed['config']['steps']}: this is "
-            f"not what a run of {config.steps} steps from the start would be")
-
-
-def print_estimate(seconds, config, first):
-    """Prints how long the run will take on this machine, from the seconds that a step takes. An evaluation
-    runs forward passes, and a forward pass takes about a third of a step."""
-    tokens_per_step = config.batch_size * config.grad_accum * config.block_size
-    evaluated = config.eval_tokens * ((config.steps - first) // config.eval_every + 3) / tokens_per_step / 3
-    minutes = seconds * (config.steps - first + evaluated) / 60
-    duration = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{max(1, minutes):.0f} min"
-    say(f"time       about {duration} here, {seconds:.2f} s per step\n")
+        say(f"           until now its learning rate decayed towards step {resumed['config']['steps']}: it will "
+            f"not end as a run of {config.steps} steps does")
 
 
 def say(text):
@@ -565,7 +583,7 @@ def say(text):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-# Processes, arithmetic, files, signals
+# Processes, arithmetic, files
 
 def join_processes(config):
     """-> (device, rank, world). A single process is rank 0 of 1. Under torchrun, every process runs train()
@@ -604,8 +622,8 @@ def all_reduce_mean(x, world):
 
 
 def is_bf16_faster(device):
-    """True if the device computes faster in bf16 than in fp32. On a CPU products are timed: AVX512-BF16 halves
-    their time on AMD's Zen 4, but doubled it on a Xeon whose AMX is off; without it bf16 is emulated."""
+    """True if the device computes faster in bf16 than in fp32. On a CPU, products are timed: AVX512-BF16
+    halves their time on AMD's Zen 4, but doubles it on a Xeon whose AMX is off; elsewhere it is emulated."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     A = torch.ones(512, 512)
@@ -648,24 +666,6 @@ def save_checkpoint(path, checkpoint):
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path}: step {checkpoint['step']} could not be saved ({cause}); "
                       "what was saved before is whole") from None
-
-
-@contextmanager
-def signals():
-    """Yields a list which Ctrl-C (or kill) makes longer: stop after this step. A second Ctrl-C stops at once."""
-    asked = []
-
-    def ask(*_):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(True)
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 @one_line_errors

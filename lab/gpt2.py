@@ -14,9 +14,8 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser, load_tensors, one_line_errors
-from data import SPECIALS, Tokenizer
-from sample import load_model
+from data import Tokenizer
+from sample import Parser, load_model, one_line_errors
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files hold

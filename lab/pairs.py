@@ -10,28 +10,31 @@
               targets   . . a     a a <EOT> .  . . . a     a <EOT> .  .     .             . is IGNORE
 """
 import ast
+import hashlib
+import json
 import textwrap
 from collections import defaultdict
 from functools import lru_cache
 
 import numpy as np
 
-from data import Batches, is_held_out, iter_documents, make_tokenizer, read_records, source_files, split_lines
+from data import (Batches, is_held_out, kind_of, lines_of, load_documents, make_tokenizer, newlines, read_records,
+                  source_files)
 from objectives import IGNORE, sft
 
 
-def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed, rank=0,
-                  world=1):
-    """-> (Tokenizer, PairBatches, held_out_rows).
+def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed):
+    """-> (Tokenizer, PairBatches, held_out_rows, a name of the pairs by their content).
 
     source: functions, or a file, folder or glob of .json[l][.gz]. tok: None, or a Tokenizer in place of a new
     one. objective: sft or meap_sft with its knobs bound. held_out_rows(n): at most n rows, (inputs, targets)
     of T ids each, laid out by sft whatever the objective, so that one figure compares both. Raises ValueError
     or OSError."""
     training, held_out = load_pairs(source)
+    name = hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()[:16]
     tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in training for text in pair))
     training, held_out = encode_pairs(training, tok), encode_pairs(held_out, tok)
-    batches = PairBatches(training, objective, tok, block_size, batch_size, seed, rank, world)
+    batches = PairBatches(training, objective, tok, block_size, batch_size, seed)
     examples, _, _ = fit_examples(held_out, tok, block_size)
     rows = pack([len(ids) for ids in examples], block_size)
 
@@ -39,7 +42,7 @@ def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, bat
         chosen = np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)
         return [lay_out([examples[i] for i in rows[k]], sft, tok, block_size, None) for k in chosen]
 
-    return tok, batches, held_out_rows
+    return tok, batches, held_out_rows, name
 
 
 def load_pairs(source):
@@ -64,16 +67,16 @@ def load_pairs(source):
 def function_pairs():
     """The functions of the standard library that have a docstring: [((prompt, answer), text of the file)]."""
     pairs = []
-    for text in iter_documents("stdlib"):
+    for text in load_documents("stdlib"):
         try:
             nodes = list(ast.walk(ast.parse(text)))
         except (SyntaxError, RecursionError):  # a file of another Python
             continue
-        lines = split_lines(text)
+        lines = lines_of(text)
         for node in nodes:
             is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
             if is_function and ast.get_docstring(node) and node.body[1:]:
-                code = split_lines(textwrap.dedent("".join(lines[node.lineno - 1:node.end_lineno])))
+                code = lines_of(textwrap.dedent("".join(lines[node.lineno - 1:node.end_lineno])))
                 n = node.body[0].end_lineno - node.lineno + 1
                 pairs.append((("".join(code[:n]), "".join(code[n:])), text))
     return pairs
@@ -87,7 +90,7 @@ def read_pairs(path):
         {"conversations": [{"from", "value"}, ...]}       ShareGPT: a pair for each answer; its prompt is the
                                                           turns before it, with blank lines between
     Raises ValueError with the number of the line (in a .json, of the record)."""
-    if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+    if not kind_of(path):
         raise ValueError(f"--data {path}: is no .jsonl or .json of pairs; expected one, or functions")
     for place, record in read_records(path, "--data"):
         try:
@@ -99,7 +102,7 @@ def read_pairs(path):
                              "instruction and output, or conversations of from and value")
         for prompt, answer in pairs:
             if answer.strip():
-                yield prompt, answer
+                yield newlines(prompt), newlines(answer)
 
 
 def pairs_of(record):
@@ -160,15 +163,15 @@ def pack(lengths, T):
 
 
 class PairBatches(Batches):
-    """data.Batches of pairs of ids: batch(step) -> (inputs, targets), int64 arrays (B, T), a pure function of
-    (seed, step, rank). Examples are packed into rows once; each epoch draws an order of the rows, and each
+    """data.Batches of pairs of ids: batch(number) -> (inputs, targets), int64 arrays (B, T), a pure function of
+    (seed, number). Examples are packed into rows once; each epoch draws an order of the rows, and each
     row its masks, afresh.
 
     stream: the examples. n_windows: rows in an epoch."""
 
-    def __init__(self, pairs, objective, tok, block_size, batch_size, seed, rank=0, world=1):
+    def __init__(self, pairs, objective, tok, block_size, batch_size, seed):
         self.objective, self.tok, self.T, self.B = objective, tok, block_size, batch_size
-        self.seed, self.rank, self.world = seed, rank, world
+        self.seed = seed
         self.stream, self.n_cut, self.n_left_out = fit_examples(pairs, tok, block_size)
         if not self.stream:
             raise ValueError(f"--block-size {block_size}: expected one whose half holds an answer")
@@ -190,7 +193,7 @@ class PairBatches(Batches):
         return np.random.default_rng([self.seed, epoch, 0]).permutation(self.n_windows)
 
     def row(self, index):
-        """Row number index of the run, counted over all steps, ranks and rows."""
+        """Row number index of the run, counted over the whole run."""
         numbers = self.rows[self.epoch(index // self.n_windows)[index % self.n_windows]]
         rng = np.random.default_rng([self.seed, index, 1])
         return lay_out([self.stream[i] for i in numbers], self.objective, self.tok, self.T, rng)

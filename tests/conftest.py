@@ -88,11 +88,11 @@ def save_run(folder, model, tok, objective="ntp", **settings):
     """The folder of a run that has this model."""
     from dataclasses import asdict
 
-    from cli import save_checkpoint
     from objectives import OBJECTIVES, knobs_of
+    from train import save_checkpoint
     folder.mkdir(exist_ok=True)
     save_checkpoint(folder / "ckpt.pt", {
         "model": model.state_dict(), "optimizers": [], "step": 1, "model_config": asdict(model.config),
-        "tokenizer": tok.to_dict(),
+        "tokenizer": tok.to_dict(), "text": "name", "metrics_bytes": 0,
         "config": {"objective": objective, "knobs": knobs_of(OBJECTIVES[objective]), **settings}})
     return folder

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from conftest import small_model
-from model import (GPT, IGNORE, CrossEntropy, GPTConfig, KVCache, causal_attention, causal_mask,
-                   rope_rotations, rotate)
+from model import GPT, IGNORE, GPTConfig, KVCache, causal_attention, causal_mask, rope_rotations, rotate
 
 POSITIONS = pytest.mark.parametrize("position", ["rope", "learned"])
 ATTENTIONS = pytest.mark.parametrize("attention", ["manual", "fused"])
@@ -153,57 +152,41 @@ def test_a_kv_cache_is_allocated_once_and_written_in_place():
     cache = KVCache(model.config)
     with torch.no_grad():
         model(IDX[:, :3], cache=cache)
-        before = [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
+        before = {key: part.data_ptr() for key, part in cache.parts.items()}
         for t in range(3, 24):
             model(IDX[:, t:t + 1], cache=cache)
-    assert before == [{name: part.data_ptr() for name, part in layer.parts.items()} for layer in cache.layers]
-    assert {name: part.shape for name, part in cache.layers[0].parts.items()} == {
-        "k": (2, 2, 24, 16), "v": (2, 2, 24, 16), "for_attn": (2, 24, 8), "for_mlp": (2, 24, 8)}
+    assert before == {key: part.data_ptr() for key, part in cache.parts.items()} and cache.length == 24
+    shapes = [tuple(part.shape) for part in cache.parts.values()]   # of two layers: k, v, what two shifts read
+    assert sorted(shapes) == 4 * [(2, 2, 24, 16)] + 4 * [(2, 24, 8)]
 
 
-@pytest.mark.parametrize("n", [1, 5, 256, 515])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("scale", [3, 100])
-def test_the_loss_is_torchs_cross_entropy(n, dtype, tolerance, scale):
-    torch.manual_seed(n)
-    logits = (scale * torch.randn(n, 50)).to(dtype).requires_grad_()
-    targets = torch.randint(50, (n,))
-    targets[1::3] = IGNORE
-    ours = CrossEntropy.apply(logits, targets)
-    expected = F.cross_entropy(logits.float(), targets, ignore_index=-1)
-    torch.testing.assert_close(ours, expected)
-    ours, expected = (n * torch.autograd.grad(2.5 * loss, logits)[0] for loss in (ours, expected))
-    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
-
-
-def test_the_loss_refuses_a_second_derivative():
-    """Its gradient is kept as a constant, whose derivative would be 0."""
-    logits = torch.randn(5, 10, requires_grad=True)
-    loss = CrossEntropy.apply(logits, torch.arange(5))
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, logits, create_graph=True)
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("ignored", [[], slice(0, 24, 3), slice(1, 24)])
+def test_the_loss_is_torchs_cross_entropy(bf16, ignored):
+    """-log softmax(logits)[target], the mean over the targets that count; its sums are in fp32 under bf16."""
+    model, targets = small_model(60), IDX.roll(1)
+    targets[:, ignored] = IGNORE
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        logits, loss = model(IDX, targets)
+    p = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+    expected = -p.gather(-1, targets.clamp(min=0)[..., None])[..., 0].log()[targets != IGNORE].mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert logits.dtype == (torch.bfloat16 if bf16 else torch.float32) and loss.dtype == torch.float32
 
 
 def test_a_batch_that_is_all_ignored_has_loss_and_gradient_zero():
-    logits = torch.randn(5, 10, requires_grad=True)
-    loss = CrossEntropy.apply(logits, torch.full((5,), IGNORE))
-    loss.backward()
-    assert loss == 0 and (logits.grad == 0).all()
+    model = small_model(60)
+    loss = model(IDX, torch.full_like(IDX, IGNORE))[1]
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("shape, ignored", [
-    ({"attention": "manual"}, slice(0, 24, 3)), ({"attention": "fused", "tied": False}, slice(24)),
-    ({"position": "learned", "bias": True, "qk_norm": False, "token_shift": False}, slice(0, 24, 3))])
-def test_compiled_it_computes_the_same(shape, ignored):
-    """And in one graph: with a break before the loss, torch 2.11 to 2.13 fail when it is in their cache."""
-    torch.compiler.reset()
-    model, targets = small_model(60, **shape), IDX.roll(1)
-    targets[:, ignored] = IGNORE
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    (logits, loss), (expected_logits, expected) = compiled(IDX, targets), model(IDX, targets)
-    torch.testing.assert_close((logits, loss), (expected_logits, expected))
-    gradients, expected = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))
-    torch.testing.assert_close(gradients, expected)
+def test_compiled_it_computes_the_same():
+    """... as one graph, which train.py --compile needs for its speed."""
+    model, targets = small_model(60, n_layer=1), IDX.roll(1)
+    targets[:, ::3] = IGNORE
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDX, targets), model(IDX, targets))
 
 
 def test_an_untrained_model_guesses():
@@ -231,16 +214,12 @@ def test_tied_weights_are_one_tensor():
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"vocab_size": 0}, "vocab_size 0"), ({"block_size": 0}, "block_size 0"), ({"n_layer": -1}, "n_layer -1"),
-    ({"n_head": 0}, "n_head 0"),
-    ({"n_embd": 0}, "n_embd 0"), ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
-    ({"n_embd": 33, "n_head": 11}, "= 3: expected an even number"), ({"dropout": 1.0}, "dropout 1.0"),
-    ({"dropout": -0.1}, "dropout -0.1"), ({"dropout": math.nan}, "dropout nan"),
-    ({"position": "sine"}, "position sine: .*rope, learned"),
-    ({"attention": "fast"}, "attention fast: .*manual")])
+    ({"n_embd": 30, "n_head": 4}, "n_embd 30 .* n_head 4"),
+    ({"n_embd": 33, "n_head": 11}, "= 3: expected an even head size")])
 def test_a_shape_that_does_not_fit_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        GPTConfig(**{"vocab_size": 60} | settings)
+        GPTConfig(60, **settings)
+    GPTConfig(60, n_embd=33, n_head=11, position="learned")  # nothing is rotated
 
 
 @ATTENTIONS

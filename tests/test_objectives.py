@@ -14,44 +14,46 @@ import numpy as np
 import pytest
 from conftest import LANGUAGES, as_stream
 
-from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, fim, fim_documents, fim_example, fim_fragment, fim_meap,
-                        fim_prompt, fragments, knobs_of, mask, meap, meap_sft, ntp, sft, split)
+from objectives import (IGNORE, OBJECTIVES, ON_PAIRS, PROMPTS, TEXT, documents_in, fim, fim_example, fim_meap,
+                        fim_prompt, knobs_of, mask, meap, meap_sft, ntp, rows_of_every_objective, sft, split)
 
+SWAPPED = {"spm_layout": "swapped"}
+FIXED = {"fim_psm": {"spm_rate": 0}, "fim_spm": {"spm_rate": 1}}  # what is no knob
 LAYOUTS = ("swapped", "labelled", "joint")
 SPANS = ("char", "token", "line")
-TEXT = "a b c d e f g h <EOT>"
+EIGHT = "a b c d e f g h <EOT>"
 PAIR = "a b <MID> c d e <EOT>"
 
 
 @pytest.mark.parametrize("name, knobs, ids, inputs, targets", [
-    ("ntp", {}, TEXT,
+    ("ntp", {}, EIGHT,
      "a b c d e f g h",
      "b c d e f g h <EOT>"),
-    ("meap", {"mask_ratio": 0.25}, TEXT,
+    ("meap", {"mask_ratio": 0.25}, EIGHT,
      "a <MASK> c d <MASK> f g h",
      "b c d e f g h <EOT>"),
     # prefix "ab", middle "cd", suffix "efgh", of which four tokens of layout leave room for "e"
-    ("fim_psm", {}, TEXT,
+    ("fim_psm", {}, EIGHT,
      "<PRE> a b <SUF> e <MID> c d",
      "a b <SUF> e <MID> c d <EOT>"),
     # prefix "abcd", middle "ef", suffix "gh": the suffix is too short, so the prefix's start goes, too
-    ("fim_psm", {}, TEXT,
+    ("fim_psm", {}, EIGHT,
      "<PRE> b c d <SUF> <MID> e f",
      "b c d <SUF> <MID> e f <EOT>"),
     # prefix "a", middle "bcdefg", suffix "h": neither of them has room
-    ("fim_psm", {"fim_rate": 1.0}, TEXT,
+    ("fim_psm", {"fim_rate": 1.0}, EIGHT,
      "a b c d e f g h",
      "b c d e f g h <EOT>"),
-    ("fim_spm", {}, TEXT,
+    ("fim_spm", {}, EIGHT,
      "<PRE> e <SUF> a b <MID> c d",
      "e <SUF> a b <MID> c d <EOT>"),
-    ("fim", {}, TEXT,
+    ("fim", {}, EIGHT,
      "<PRE> <SUF> e <MID> a b c d",
      "<SUF> e <MID> a b c d <EOT>"),
-    ("fim", {"spm_layout": "labelled"}, TEXT,
+    ("fim", {"spm_layout": "labelled"}, EIGHT,
      "<SUF> e <PRE> a b <MID> c d",
      "e <PRE> a b <MID> c d <EOT>"),
-    ("fim_meap", {"fim_rate": 1.0, "spm_rate": 0.0, "mask_ratio": 0.125}, TEXT,
+    ("fim_meap", {"fim_rate": 1.0, "spm_rate": 0.0, "mask_ratio": 0.125}, EIGHT,
      "<PRE> a b <SUF> e <MID> <MASK> d",
      "a b <SUF> e <MID> c d <EOT>"),
     ("sft", {}, PAIR,
@@ -77,12 +79,46 @@ def test_a_worked_example(corpora, name, knobs, ids, inputs, targets):
 
 
 def test_the_papers_numbers_are_the_defaults():
-    """FIM's rate, orders, layout and cuts (sections 3 and 4), MEAP's ratios and lengths (section 3)."""
-    papers = {"fim_rate": 0.5, "spm_rate": 0.5, "spm_layout": "joint", "span": "char", "short_documents": 0}
-    assert knobs_of(fim) == papers and knobs_of(OBJECTIVES["fim_psm"]) == papers | {"spm_rate": 0.0}
-    assert knobs_of(OBJECTIVES["fim_spm"]) == papers | {"spm_rate": 1.0, "spm_layout": "swapped"}
+    """FIM's rate, orders, layout and cuts (sections 3 and 4), MEAP's ratios and lengths (section 3). What the
+    name of an objective fixes is no knob of it."""
+    papers = {"fim_rate": 0.5, "spm_rate": 0.5, "spm_layout": "joint", "span": "char", "max_document_tokens": 0}
+    assert knobs_of(fim) == papers and knobs_of(OBJECTIVES["fim_spm"]) | {"spm_rate": 0.5} == papers | SWAPPED
+    assert knobs_of(OBJECTIVES["fim_psm"]) | {"spm_rate": 0.5, "spm_layout": "joint"} == papers
+    assert not {"spm_rate", "spm_layout"} & {*knobs_of(OBJECTIVES["fim_psm"])}
+    assert "spm_rate" not in knobs_of(OBJECTIVES["fim_spm"])
     assert knobs_of(meap) == {"mask_ratio": 0.15} and knobs_of(fim_meap) == papers | knobs_of(meap)
     assert knobs_of(meap_sft) == {"mask_ratio": 0.1, "mask_region": "copy", "min_answer": 50}
+
+
+@pytest.mark.parametrize("name, knob", [(name, knob) for name in OBJECTIVES for knob in knobs_of(OBJECTIVES[name])])
+def test_each_knob_of_an_objective_changes_its_rows(corpora, name, knob):
+    """A knob without an effect would be shown beside the drawing, and in --help, as if it had one."""
+    tok, stream = corpora["code in bytes"]
+    other = {"mask_ratio": 0.7, "fim_rate": 1.0, "spm_rate": 1.0, "spm_layout": "labelled", "span": "line",
+             "max_document_tokens": 32, "mask_region": "answer", "min_answer": 10**6}
+    for seed, (window, _) in enumerate(windows(stream, 20, T=200)):
+        window = a_pair(window, tok, np.random.default_rng(1)) if name in ON_PAIRS else window
+        row, changed = (OBJECTIVES[name](window, tok, np.random.default_rng(seed), **knobs)[0].tolist()
+                        for knobs in ({}, {knob: other.get(knob)}))
+        if row != changed:
+            return
+    pytest.fail(f"{name} does the same with another {knob}")
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_model_is_prompted_in_a_layout_of_its_training(corpora, name):
+    """For any knobs: prompt, middle, <EOT> is one of the rows that the objective makes of the document."""
+    (tok, _), rng = corpora["code in bytes"], np.random.default_rng(0)
+    document = np.array([*b"abcdef" * 4, tok.eot])
+    for _ in range(30):
+        knobs = random_knobs(name, rng) | {"fim_rate": 1, "span": "char", "max_document_tokens": 0}
+        plain = {knob: value for knob, value in knobs.items() if knob != "mask_ratio"}
+        rows = [row_ids(OBJECTIVES[name.replace("_meap", "")], document, tok, rng, **plain).tolist()
+                for _ in range(8)]
+        expected = {tuple(PROMPTS[name](p, s, tok, **knobs) + m + [tok.eot]) for row in rows
+                    if row[0] in (tok.pre, tok.suf) for p, m, s in readings(row, tok, plain | FIXED.get(name, {}))}
+        assert expected & {*map(tuple, rows)}, (name, knobs)
+    assert set(PROMPTS) == {name for name in OBJECTIVES if "fim_rate" in knobs_of(OBJECTIVES[name])}
 
 
 @pytest.mark.parametrize("order, layout, expected", [
@@ -98,6 +134,9 @@ def test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins(tok, 
         example = fim_example(prefix, middle, suffix, tok, order, layout)
         assert example == ids
         assert example == fim_prompt(prefix, suffix, tok, order, layout) + middle + [tok.eot]
+    for function, parts in ((fim_prompt, 2), (fim_example, 3)):
+        with pytest.raises(TypeError, match="order"):  # no default: the layout is that of a model's training
+            function(*[[1]] * parts, tok)
 
 
 @pytest.mark.parametrize("function, knob, value, expected", [
@@ -105,17 +144,17 @@ def test_layouts_are_the_papers_and_a_prompt_stops_where_the_middle_begins(tok, 
         (meap, "mask_ratio"), (meap_sft, "mask_ratio"), (fim, "fim_rate"), (fim, "spm_rate"))),
     (fim, "spm_layout", "jont", "one of swapped, labelled, joint"),
     (fim, "spm_layout", "swapped", "joint or labelled with spm_rate 0.5"),
-    (OBJECTIVES["fim_spm"], "spm_rate", 0.9, "joint or labelled with spm_rate 0.9"),
     (fim, "span", "word", "one of char, token, line"),
-    (fim, "short_documents", 15, "16 to"), (fim, "short_documents", -1, "16 to"),
-    (meap_sft, "mask_region", "prompt", "one of copy, answer"), (meap_sft, "min_answer", -1, "0 to"),
-    (fim_documents, "fim_rate", 2, "0 to 1"), (fim_documents, "spm_layout", "swapped", "joint or labelled"),
-    (fim_prompt, "order", "mps", "one of psm, spm"), (fim_prompt, "spm_layout", "jont", "one of swapped")])
+    (fim, "max_document_tokens", 15, "16 to"), (fim, "max_document_tokens", -1, "16 to"),
+    (meap_sft, "mask_region", "prompt", "one of copy, answer"), (meap_sft, "min_answer", -1, "0 to")])
 def test_a_refused_knob_is_named_with_what_is_expected(tok, stream, function, knob, value, expected):
     named = "spm_layout swapped" if "joint or" in expected else f"{knob} {value}"
     window = stream[:50].astype(np.int64), tok, np.random.default_rng(0)
     with pytest.raises(ValueError, match=f"^{named}: expected {expected}"):
-        function(*([1], [2], tok) if function is fim_prompt else window, **{knob: value})
+        function(*window, **{knob: value})
+    if knob in ("spm_rate", "spm_layout"):
+        with pytest.raises(TypeError, match=knob):  # whose order its name fixes
+            OBJECTIVES["fim_psm"](*window, **{knob: value})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -135,9 +174,10 @@ def test_any_row_of_any_objective_holds_its_windows_text(name, corpora):
         row, again = (OBJECTIVES[name](window, tok, np.random.default_rng(seed), **knobs) for _ in range(2))
         assert np.array_equal(window, before), "the window is left as it was"
         assert all(map(np.array_equal, row, again)), "randomness comes in as rng alone"
+        assert all(isinstance(part, np.ndarray) for part in row)
         if name in ON_PAIRS and len(row[0]) >= len(window):  # the example and its copy, as one sequence
             window = np.concatenate((window, window))
-        n_examples += check_row(*row, window, tok, knobs)
+        n_examples += check_row(*row, window, tok, knobs | FIXED.get(name, {}))
     assert n_examples > 20 or "fim_rate" not in knobs_of(OBJECTIVES[name])
 
 
@@ -178,6 +218,10 @@ def test_a_mask_has_its_exact_size_and_falls_anywhere(tok):
             assert (drawn == tok.mask).sum() == min(int(T * ratio), (inputs != tok.eot).sum())
             masked |= drawn == tok.mask
         assert int(T * ratio) == 0 or np.array_equal(masked, inputs != tok.eot)
+    drawn = [mask(np.arange(99), 0.15, tok, np.random.default_rng(seed)) for seed in (*range(50), *range(50))]
+    assert np.array_equal(drawn[:50], drawn[50:]), "randomness comes in as rng alone"
+    pairs = [np.count_nonzero((row[1:] == tok.mask) & (row[:-1] == tok.mask)) for row in drawn]
+    assert 1 < np.mean(pairs) < 3, "14 masks at uniform places have 14 x 13 / 99 pairs of neighbours"
 
 
 def test_masking_spares_special_tokens_even_where_few_others_are_left(tok):
@@ -189,41 +233,13 @@ def test_masking_spares_special_tokens_even_where_few_others_are_left(tok):
 
 # Fill-in-the-middle: which documents, where they are cut, what is trimmed
 
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_each_document_has_its_own_coin_for_fim_and_each_example_for_its_order(corpora, rate):
-    """Five documents a window: the number of examples is binomial, not 0 or 5."""
-    tok, _ = corpora["code in bytes"]
-    knobs = {"fim_rate": rate, "spm_rate": rate, "spm_layout": "labelled"}
-    n, length, counts, starts = 1000, 40, Counter(), Counter()
-    window = as_stream(["x" * length] * 5, tok).astype(np.int64)
-    for seed in range(n):
-        ids = row_ids(fim, window, tok, np.random.default_rng(seed), **knobs)
-        found = [example[0] for _, example in examples(ids, window, tok)]
-        counts[len(found)] += 1
-        starts.update(found)
-    share = rate * (1 - too_short(length + 1, length))
-    assert is_chi_square([(counts[k], n * comb(5, k) * share**k * (1 - share)**(5 - k)) for k in range(6)])
-    total = starts.total()
-    assert is_chi_square([(starts[tok.suf], rate * total), (starts[tok.pre], (1 - rate) * total)]), "SPM, PSM"
-
-
-@pytest.mark.parametrize("short_documents", [0, 16])
-def test_an_example_that_closes_a_document_ends_in_that_documents_eot(corpora, short_documents):
-    tok, stream = corpora["code in bytes"]
-    stream = stream[stream != tok.eot]
-    stream[::91] = tok.eot
-    for window, rng in windows(stream, 200, T=400):
-        ids = row_ids(fim, window, tok, rng, fim_rate=1.0, short_documents=short_documents)
-        assert (ids[window == tok.eot] == tok.eot).all()
-        assert not ((ids[1:] == tok.eot) & (ids[:-1] == tok.eot)).any(), "and none stands behind it"
-
-
 def test_the_two_cuts_are_uniform_and_any_part_may_be_empty():
     text, n, counts, rng = "abcdefghi", 20_000, Counter(), np.random.default_rng(0)
     for _ in range(n):
         prefix, middle, suffix = split(text, rng)
         assert prefix + middle + suffix == text
         counts[len(prefix), len(prefix + middle)] += 1
+        assert split(text, np.random.default_rng(3)) == split(text, np.random.default_rng(3))
     cuts = list(combinations_with_replacement(range(10), 2))
     assert set(counts) == set(cuts)
     assert is_chi_square([(counts[i, j], n / 100 * (1 if i == j else 2)) for i, j in cuts])
@@ -240,28 +256,6 @@ def test_cuts_at_lines_worked_by_hand():
     expected = {(a, z[:len(z) - len(y)], y): n / 9 * (2 - (i == j))
                 for i, (a, z) in enumerate(pairs) for j, (_, y) in enumerate(pairs) if i <= j}
     assert counts.keys() == expected.keys() and is_chi_square([(counts[c], expected[c]) for c in expected])
-
-
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("order", ["psm", "spm"])
-def test_a_fragment_worked_by_hand(corpora, order, ends):
-    """Six letters, with and without their <EOT>: all pairs of cuts, trimmed here letter by letter."""
-    tok, _ = corpora["code in bytes"]
-    text, expected = list(b"abcdef"), set()
-    fragment = text + [tok.eot] * ends
-    for first, second in combinations_with_replacement(range(7), 2):
-        prefix, middle, suffix = text[:first], text[first:second], text[second:]
-        while len(prefix + middle + suffix) + 4 > len(fragment) and prefix + suffix:
-            if suffix:
-                suffix.pop()
-            else:
-                prefix.pop(0)
-        example = {"psm": [tok.pre, *prefix, tok.suf, *suffix, tok.mid, *middle, tok.eot],
-                   "spm": [tok.suf, *suffix, tok.pre, *prefix, tok.mid, *middle, tok.eot]}[order]
-        expected.add(tuple(example if len(example) == len(fragment) else fragment))  # no room: it stays plain
-    rng = np.random.default_rng(0)
-    drawn = {tuple(fim_fragment(fragment, tok, rng, order, "labelled", "char")) for _ in range(600)}
-    assert drawn == expected
 
 
 @pytest.mark.parametrize("span, name", [
@@ -287,6 +281,103 @@ def test_cuts_fall_where_span_allows_and_the_middle_survives_trimming(corpora, s
     assert len(trimmed) == 4, trimmed
 
 
+def test_a_document_whose_parts_encode_to_too_few_tokens_to_fill_its_place_stays_plain(tok, documents):
+    window = np.array([*documents[0][:60].encode()])  # single bytes, where encode takes longer tokens
+    for seed in range(20):
+        ids = row_ids(fim, window, tok, np.random.default_rng(seed), fim_rate=1.0)
+        assert np.array_equal(ids, window)
+
+
+@pytest.mark.parametrize("longest", [16, 64, 67])
+def test_short_documents_cover_each_document_and_are_n_fourths_to_n_tokens_long(tok, longest):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        window = np.where(rng.random(500) < rng.choice([0, 0.005, 0.1]), tok.eot, 7)
+        whole = {part.tobytes() for part in np.split(window, np.flatnonzero(window == tok.eot) + 1)}
+        found = [np.array(document) for document in documents_in(window, tok, rng, longest)]
+        assert np.array_equal(np.concatenate(found), window), "each token once"
+        for document in found:
+            assert tok.eot not in document[:-1], "none spans two documents"
+            assert len(document) <= longest
+            assert document.tobytes() in whole or longest // 4 <= len(document)
+
+
+def test_lengths_of_short_documents_are_uniform(tok):
+    found = [*map(len, documents_in(np.full(10**6, 7), tok, np.random.default_rng(0), 64))]
+    counts = Counter(found[:-2])  # the last two share what is left
+    assert is_chi_square([(counts[n], (len(found) - 2) / 49) for n in range(16, 65)])
+
+
+@pytest.mark.parametrize("span", ["char", "line"])
+@pytest.mark.parametrize("name", ["languages", "languages in bytes"])
+def test_a_window_cut_inside_a_character_invents_none(corpora, name, span):
+    tok, stream = corpora[name]
+    n_cut = 0
+    for start in range(0, len(LANGUAGES.encode()), 2):
+        window = stream[start:start + 91].astype(np.int64)
+        n_cut += "\ufffd" in tok.decode(window.tolist())
+        ids = row_ids(fim, window, tok, np.random.default_rng(start), fim_rate=1.0, spm_layout="labelled",
+                      span=span, max_document_tokens=32)
+        assert "\ufffd".encode() not in tok.decode_bytes(ids.tolist())
+        for source, example in examples(ids, window, tok, shorter=True):
+            (_, middle, _), = readings(example, tok, {"spm_layout": "labelled"})
+            assert tok.decode_bytes(middle).decode("utf-8") in tok.decode_bytes(source).decode("utf-8")
+    assert n_cut > 50, "most windows do begin or end inside a character"
+
+
+# old row rule: an example is exactly as long as its document, or the document stays plain
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_each_document_has_its_own_coin_for_fim_and_each_example_for_its_order(corpora, rate):
+    """Five documents a window: the number of examples is binomial, not 0 or 5."""
+    tok, _ = corpora["code in bytes"]
+    knobs = {"fim_rate": rate, "spm_rate": rate, "spm_layout": "labelled"}
+    n, length, counts, starts = 1000, 40, Counter(), Counter()
+    window = as_stream(["x" * length] * 5, tok).astype(np.int64)
+    for seed in range(n):
+        ids = row_ids(fim, window, tok, np.random.default_rng(seed), **knobs)
+        found = [example[0] for _, example in examples(ids, window, tok)]
+        counts[len(found)] += 1
+        starts.update(found)
+    share = rate * (1 - too_short(length + 1, length))
+    assert is_chi_square([(counts[k], n * comb(5, k) * share**k * (1 - share)**(5 - k)) for k in range(6)])
+    total = starts.total()
+    assert is_chi_square([(starts[tok.suf], rate * total), (starts[tok.pre], (1 - rate) * total)]), "SPM, PSM"
+
+
+@pytest.mark.parametrize("max_document_tokens", [0, 16])
+def test_an_example_that_closes_a_document_ends_in_that_documents_eot(corpora, max_document_tokens):
+    tok, stream = corpora["code in bytes"]
+    stream = stream[stream != tok.eot]
+    stream[::91] = tok.eot
+    for window, rng in windows(stream, 200, T=400):
+        ids = row_ids(fim, window, tok, rng, fim_rate=1.0, max_document_tokens=max_document_tokens)
+        assert (ids[window == tok.eot] == tok.eot).all()
+        assert not ((ids[1:] == tok.eot) & (ids[:-1] == tok.eot)).any(), "and none stands behind it"
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_a_fragment_worked_by_hand(corpora, order, ends):
+    """Six letters, with and without their <EOT>: all pairs of cuts, trimmed here letter by letter."""
+    tok, _ = corpora["code in bytes"]
+    text, expected = list(b"abcdef"), set()
+    fragment = text + [tok.eot] * ends
+    for first, second in combinations_with_replacement(range(7), 2):
+        prefix, middle, suffix = text[:first], text[first:second], text[second:]
+        while len(prefix + middle + suffix) + 4 > len(fragment) and prefix + suffix:
+            if suffix:
+                suffix.pop()
+            else:
+                prefix.pop(0)
+        example = {"psm": [tok.pre, *prefix, tok.suf, *suffix, tok.mid, *middle, tok.eot],
+                   "spm": [tok.suf, *suffix, tok.pre, *prefix, tok.mid, *middle, tok.eot]}[order]
+        expected.add(tuple(example if len(example) == len(fragment) else fragment))  # no room: it stays plain
+    knobs, rng = {"fim_rate": 1.0, "spm_layout": "labelled", "spm_rate": float(order == "spm")}, np.random.default_rng(0)
+    drawn = {tuple(row_ids(fim, np.array(fragment), tok, rng, **knobs).tolist()) for _ in range(600)}
+    assert drawn == expected
+
+
 def test_the_surplus_comes_off_the_end_of_the_suffix_then_off_the_start_of_the_prefix(corpora):
     """In bytes nothing re-tokenises: the surplus is three sentinels and <EOT>, and examples show where it
     came off. At rate 1 a document stays plain only where prefix and suffix together are shorter than that."""
@@ -305,63 +396,15 @@ def test_the_surplus_comes_off_the_end_of_the_suffix_then_off_the_start_of_the_p
     assert abs(plain / 2000 - too_short(n, n)) < 0.03
 
 
-def test_a_document_whose_parts_encode_to_too_few_tokens_to_fill_its_place_stays_plain(tok, documents):
-    window = np.array([*documents[0][:60].encode()])  # single bytes, where encode takes longer tokens
-    for seed in range(20):
-        ids = row_ids(fim, window, tok, np.random.default_rng(seed), fim_rate=1.0)
-        assert np.array_equal(ids, window)
+def too_short(n_ids, n_characters):
+    """The share of documents of single bytes that stay plain: four tokens of layout need room in prefix and
+    suffix, less the place of their own <EOT>."""
+    need = 4 - (n_ids - n_characters)
+    cuts = list(product(range(n_characters + 1), repeat=2))
+    return sum(n_characters - abs(i - j) < need for i, j in cuts) / len(cuts)
 
 
-@pytest.mark.parametrize("longest", [16, 64, 67])
-def test_short_documents_cover_each_document_and_are_n_fourths_to_n_tokens_long(tok, longest):
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        window = np.where(rng.random(500) < rng.choice([0, 0.005, 0.1]), tok.eot, 7)
-        borders = {0, len(window), *(np.flatnonzero(window == tok.eot) + 1).tolist()}
-        found = list(fragments(window, tok, rng, longest))
-        assert [i for start, end in found for i in range(start, end)] == list(range(500)), "each token once"
-        assert borders <= {border for fragment in found for border in fragment}, "none spans two documents"
-        for start, end in found:
-            whole = {start, end} <= borders
-            assert end - start <= longest and (whole or longest // 4 <= end - start)
-
-
-def test_lengths_of_short_documents_are_uniform(tok):
-    found = [end - start for start, end in fragments(np.full(10**6, 7), tok, np.random.default_rng(0), 64)]
-    counts = Counter(found[:-2])  # the last two share what is left
-    assert is_chi_square([(counts[n], (len(found) - 2) / 49) for n in range(16, 65)])
-
-
-@pytest.mark.parametrize("span", ["char", "line"])
-@pytest.mark.parametrize("name", ["languages", "languages in bytes"])
-def test_a_window_cut_inside_a_character_invents_none(corpora, name, span):
-    tok, stream = corpora[name]
-    n_cut = 0
-    for start in range(0, len(LANGUAGES.encode()), 2):
-        window = stream[start:start + 91].astype(np.int64)
-        n_cut += "\ufffd" in tok.decode(window.tolist())
-        ids = row_ids(fim, window, tok, np.random.default_rng(start), fim_rate=1.0, spm_layout="labelled",
-                      span=span, short_documents=32)
-        assert "\ufffd".encode() not in tok.decode_bytes(ids.tolist())
-        for source, example in examples(ids, window, tok):
-            (_, middle, _), = readings(example, tok, {"spm_layout": "labelled"})
-            assert tok.decode_bytes(middle).decode("utf-8") in tok.decode_bytes(source).decode("utf-8")
-    assert n_cut > 50, "most windows do begin or end inside a character"
-
-
-@pytest.mark.parametrize("layout, spm_rate", [*product(LAYOUTS, (0, 1)), ("labelled", 0.5)])
-@pytest.mark.parametrize("span", SPANS)
-def test_document_level_fim_keeps_every_documents_text(tok, documents, layout, spm_rate, span):
-    documents = [document[:2000] for document in documents]
-    stream = as_stream(documents, tok)
-    knobs = {"fim_rate": 0.7, "spm_rate": spm_rate, "spm_layout": layout, "span": span}
-    ids = fim_documents(stream, tok, np.random.default_rng(0), **knobs)
-    *rebuilt, tail = (part.tolist() for part in np.split(ids, np.flatnonzero(ids == tok.eot) + 1))
-    assert tail == [] and len(rebuilt) == len(documents) and ids.dtype == stream.dtype
-    plain = [tok.encode(text) + [tok.eot] for text in documents]
-    assert 5 < sum(a != b for a, b in zip(plain, rebuilt)) < 20
-    for text, before, after in zip(documents, plain, rebuilt):
-        assert after == before or text in [tok.decode(p + m + s) for p, m, s in readings(after, tok, knobs)]
+# end of the old row rule
 
 
 # Fine-tuning
@@ -438,13 +481,27 @@ def drawing():
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_script_draws_every_objective_with_its_sentinels_and_masks(drawing, name):
     lines = drawing[name].splitlines()
-    inputs, targets = (set(re.findall("<[A-Z]+>", " ".join(line for line in lines if line.startswith(label))))
+    inputs, targets = (" ".join(line[7:] for line in lines if line.startswith(label)).split()
                        for label in ("input", "target"))
     knobs = knobs_of(OBJECTIVES[name])
+    assert lines[0].split()[1:] and all(f"{knob}=" in lines[0] for knob in knobs) or not knobs
     assert "<EOT>" in targets and "<MASK>" not in targets
     assert "<MASK>" in inputs or "mask_ratio" not in knobs
-    assert {"<PRE>", "<SUF>", "<MID>"} <= inputs or "fim_rate" not in knobs
-    assert inputs == set() or name != "ntp"
+    assert {"<PRE>", "<SUF>", "<MID>"} <= {*inputs} or "fim_rate" not in knobs
+    if name in ("ntp", "sft"):  # nothing of the text is lost
+        shown = "".join(inputs).replace("<MID>", "").replace("·", " ").replace("⏎", "\n")
+        assert shown == TEXT
+
+
+def test_every_drawn_row_is_a_row_of_the_whole_text(tok):
+    for name, knobs, inputs, targets in rows_of_every_objective(TEXT, tok):
+        ids = np.array([*tok.encode(TEXT), tok.eot])
+        if name in ON_PAIRS:
+            ids = np.append(inputs, targets[-1])[:np.flatnonzero(inputs == tok.eot).min(initial=len(inputs)) + 1]
+            assert tok.decode(ids.tolist()) == TEXT and (ids == tok.mid).sum() == 1
+            ids = np.concatenate((ids, ids))[:len(inputs) + 1]
+        n = check_row(inputs, targets, ids, tok, knobs | FIXED.get(name, {}))
+        assert n == ("fim_rate" in knobs)
 
 
 # Helpers
@@ -474,7 +531,7 @@ def random_knobs(name, rng):
 
     knobs = {"mask_ratio": choice(0, 0.15, rng.random()), "fim_rate": choice(0, 0.5, 1),
              "spm_rate": choice(0, 0.5, 1), "spm_layout": choice(*LAYOUTS), "span": choice(*SPANS),
-             "short_documents": choice(0, 16, 50), "mask_region": choice("copy", "answer"),
+             "max_document_tokens": choice(0, 16, 50), "mask_region": choice("copy", "answer"),
              "min_answer": choice(0, 5, 50)}
     if knobs["spm_rate"] == 0.5 and knobs["spm_layout"] == "swapped":  # refused
         knobs["spm_layout"] = "labelled"
@@ -493,16 +550,35 @@ def row_ids(objective, window, tok, rng, **knobs):
     return np.append(inputs, targets[-1])
 
 
-def examples(ids, window, tok):
-    """Yields each FIM example of a row as (window's ids there, the example). The rest must be unchanged."""
-    i, ids, window = 0, ids.tolist(), window.tolist()
-    while i < len(ids):
-        end = ids.index(tok.eot, i) + 1 if ids[i] in (tok.pre, tok.suf) else i + 1
-        if end > i + 1:
-            yield window[i:end], ids[i:end]
-        else:
-            assert ids[i] == window[i]
-        i = end
+def examples(ids, window, tok, shorter=False):
+    """[(window's ids, the FIM example made of them)] of a row, under any rule of how much of a document is
+    laid out: what is not in an example is the window's, in its order. shorter: a document may be several
+    examples (max_document_tokens), so that all places are tried where one may end."""
+    ids, window, ends = ids.tolist(), window.tolist(), [*np.flatnonzero(window == tok.eot) + 1, len(window)]
+
+    def aligned(i, at):
+        while i < len(ids) and ids[i] not in (tok.pre, tok.suf):
+            if at == len(window) or ids[i] != window[at]:
+                return None
+            i, at = i + 1, at + 1
+        if i == len(ids) or at == len(window):
+            return [] if i == len(ids) else None
+        end, document_ends = ids.index(tok.eot, i) + 1, min(end for end in ends if end > at)
+        for source_ends in range(document_ends, at if shorter else document_ends - 1, -1):
+            if is_of(ids[i:end], window[at:source_ends], tok) and (rest := aligned(end, source_ends)) is not None:
+                return [(window[at:source_ends], ids[i:end]), *rest]
+        return None
+
+    found = aligned(0, 0)
+    assert found is not None, (ids, window)
+    return found
+
+
+def is_of(example, source, tok, knobs={}):
+    """Whether an example's text is that of source, less the end of its suffix and the start of its prefix."""
+    text = tok.decode_bytes(source)
+    parts = [map(tok.decode_bytes, reading) for reading in readings(example, tok, knobs)]
+    return any(p + m + s in text if s else p + m in text for p, m, s in parts)
 
 
 def readings(example, tok, knobs):
@@ -537,24 +613,10 @@ def check_row(inputs, targets, window, tok, knobs):
         ids[-1] = targets[-1]
     assert not np.isin(ids[:-1][inputs == tok.mask], tok.specials).any(), "no special token is masked"
     assert ((targets == IGNORE) | (targets == ids[1:])).all(), "a target is the true next token, or IGNORE"
-    n = 0
-    for n, (source, example) in enumerate(examples(ids, window, tok), 1):
-        text = tok.decode_bytes(source)
-        for prefix, middle, suffix in readings(example, tok, knobs):
-            p, m, s = map(tok.decode_bytes, (prefix, middle, suffix))
-            if text.startswith(p + m + s) if s else p + m in text:
-                break
-        else:
-            raise AssertionError((text, example))
-    return n
-
-
-def too_short(n_ids, n_characters):
-    """The share of documents of single bytes that stay plain: four tokens of layout need room in prefix and
-    suffix, less the place of their own <EOT>."""
-    need = 4 - (n_ids - n_characters)
-    cuts = list(product(range(n_characters + 1), repeat=2))
-    return sum(n_characters - abs(i - j) < need for i, j in cuts) / len(cuts)
+    found = examples(ids, window, tok, knobs.get("max_document_tokens"))
+    for source, example in found:
+        assert is_of(example, source, tok, knobs), (tok.decode(source), example)
+    return len(found)
 
 
 def is_chi_square(cells):
