@@ -52,6 +52,7 @@ def mask(inputs, ratio, tok, rng):
 def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char", max_document_tokens=0):
     """Context-level FIM (FIM, section 3.2): each document in the window, whole or in part, becomes a FIM
     example with probability fim_rate, in SPM order with probability spm_rate. Loss is on every token.
+    Examples are laid out whole until the row has T + 1 tokens.
 
     Raises ValueError for a knob out of its range, and where PSM and SPM examples could not be told apart."""
     check_range("fim_rate", fim_rate, 0, 1)
@@ -63,10 +64,13 @@ def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="
                          "PSM of (prefix, suffix) and swapped SPM of (suffix, prefix) are the same ids")
     row = []
     for document in documents_in(ids, tok, rng, max_document_tokens):
+        room = len(ids) - len(row)
         if rng.random() < fim_rate:
             order = "spm" if rng.random() < spm_rate else "psm"
-            document = fim_row(document, tok, rng, order, spm_layout, span)
-        row += document
+            document = fim_document(document, room, tok, rng, order, spm_layout, span)
+        row += document[:room]
+        if len(row) == len(ids):  # examples are longer than their documents: the window's end is dropped
+            break
     return ntp(np.array(row), tok, rng)
 
 
@@ -89,23 +93,25 @@ def documents_in(ids, tok, rng, max_document_tokens=0):
         start = end
 
 
-def fim_row(document, tok, rng, order, spm_layout, span):
-    """The ids of a document -> the FIM example that takes its place, exactly as long."""
+def fim_document(document, room, tok, rng, order, spm_layout, span):
+    """The ids of a document -> the FIM example that takes its place, whole if it fits into room tokens.
+
+    Only the example that crosses the end of the row is made shorter: its suffix at the end, then its prefix
+    at the start, never its middle or <EOT>. In any other example a short or empty suffix thus says that the
+    document ends there. Where an example cannot be had so, the document stays as it is."""
     text = document[:-1] if document[-1] == tok.eot else document
     if span == "token":
         prefix, middle, suffix = split(text, rng)
     else:  # parts are encoded each on its own, as in a prompt, so a model learns to go on inside a token
         parts = split(tok.decode(text, "ignore"), rng, span)  # ignore: characters that the window cut in two
         prefix, middle, suffix = map(tok.encode, parts)
-    # The sentinels, <EOT> and parts that encode longer make a surplus. It is cut from the end of the suffix,
-    # then from the start of the prefix, never from the middle or <EOT>.
-    surplus = len(prefix) + len(middle) + len(suffix) + 4 - len(document)
-    if not 0 <= surplus <= len(prefix) + len(suffix):
+    length = len(prefix) + len(middle) + len(suffix) + 4                # three sentinels and <EOT>
+    surplus = max(0, length - room)
+    if length < len(document) or surplus > len(prefix) + len(suffix):   # a row must be full
         return document
     from_suffix = min(surplus, len(suffix))
-    suffix = suffix[:len(suffix) - from_suffix]
-    prefix = prefix[surplus - from_suffix:]
-    return fim_example(prefix, middle, suffix, tok, order, spm_layout)
+    return fim_example(prefix[surplus - from_suffix:], middle, suffix[:len(suffix) - from_suffix], tok, order,
+                       spm_layout)
 
 
 def split(text, rng, span="char"):

@@ -570,8 +570,8 @@ def describe(config, model, tok, batches, device, resumed):
     say(f"out        {config.out}" + (f", going on after step {resumed['step']}" if resumed else
                                       f", from {config.init_from}" if config.init_from else ""))
     if resumed and resumed["config"]["steps"] != config.steps:
-        say(f"           until now its learning rate decayed towards step {resumed['config']['steps']}: it will "
-            f"not end as a run of {config.steps} steps does")
+        say(f"           so far its learning rate decayed towards step {resumed['config']['steps']}: not the same "
+            f"as a fresh run of {config.steps} steps")
 
 
 def say(text):
