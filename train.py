@@ -570,8 +570,8 @@ def describe(config, model, tok, batches, device, resumed):
     say(f"out        {config.out}" + (f", going on after step {resumed['step']}" if resumed else
                                       f", from {config.init_from}" if config.init_from else ""))
     if resumed and resumed["config"]["steps"] != config.steps:
-        say(f"           so far its learning rate decayed towards step {resumed['config']['steps']}: not the same "
-            f"as a fresh run of {config.steps} steps")
+        say(f"           not a fresh run of {config.steps} steps: its learning rate decayed towards step "
+            f"{resumed['config']['steps']} until now")
 
 
 def say(text):

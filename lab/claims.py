@@ -14,14 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import Parser, newest_run, one_line_errors, pick_device
 from data import is_held_out, load_documents
 from lab import probes
 from lab.evaluate import continuations
 from lab.figures import pyplot
 from lab.rerun import Arm, Check, Claim, Results, table, train_all, train_run, write
-from objectives import check_range
-from sample import load_model
+from sample import Parser, load_model, newest_run, one_line_errors, pick_device, within
 
 
 def markov(objective, steps=400, eval_every=200, base="", probe=probes.on_markov):
@@ -73,9 +71,9 @@ ARMS = {
     "stdlib-fim-0.5": stdlib("fim --fim-rate 0.5"),
     "relay-ntp": relay("ntp", 400, 50),
     "relay-meap": relay("meap", 400, 50),
-    "relay-line": relay("fim --fim-rate 0.9 --short-documents 64 --span line", 350, 350),
-    "relay-token": relay("fim --fim-rate 0.9 --short-documents 64 --span token", 350, 350),
-    "relay-char": relay("fim --fim-rate 0.9 --short-documents 64 --span char", 350, 350),
+    "relay-line": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span line", 350, 350),
+    "relay-token": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span token", 350, 350),
+    "relay-char": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span char", 350, 350),
     "records-0.0": records(0.0),
     "records-0.05": records(0.05),
     "records-0.1": records(0.1),
@@ -351,13 +349,13 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CLAIMS, metavar="NAME", help=f"of {', '.join(CLAIMS)}")
     parser.add_argument("--out", default="out/claims", metavar="DIR", help="of the runs (default out/claims)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: cores)")
+    parser.add_argument("--jobs", type=within(1, 1024), default=os.cpu_count(),
+                        help="runs at a time (default: cores)")
     parser.add_argument("--run", metavar="NAME", help="train a single run, such as markov-ntp-1")
     parser.add_argument("--export", metavar="FILE", help="write a model's continuations of held-out text")
     parser.add_argument("--ckpt", metavar="DIR", help="whose (default: the newest run under out/)")
     parser.add_argument("--data", default="stdlib", help="of which text (default stdlib)")
     args = parser.parse_args(arguments)
-    check_range("--jobs", args.jobs, 1, 1024)
     if args.export:
         return export(args.export, args.ckpt or newest_run(), args.data)
     if args.run:

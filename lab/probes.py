@@ -10,16 +10,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import is_held_out, load_documents, split_lines
+from data import is_held_out, lines_of, load_documents
 from lab.attention import compare, received, shares
 from lab.corpora import LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, questions
 from lab.evaluate import continuations, score
-from objectives import ORDERS, fim_prompt, mask, split
-from sample import STOPPED, best_first, trained_orders
+from objectives import fim_prompt, mask, split
+from sample import STOPPED, best_first
+
+ORDERS = ("psm", "spm")
+
 
 def on_markov(model, tok, knobs, is_last, n_cut=3):
     """Bits a token of plain documents above those of their probabilities; and what middles returns, in both
-    orders, of a model trained on one at least.
+    orders, of a model trained on one at least, SPM as it was trained or joint.
 
     Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its
     bits for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which
@@ -31,8 +34,9 @@ def on_markov(model, tok, knobs, is_last, n_cut=3):
     excess = sum(bits(s).sum() for s in scores) - coin - sum(map(MARKOV.document_bits, texts))
     n_tokens = sum(len(text) + 1 for text in texts)
     out = {"excess": float(excess / n_tokens), "coin": float(coin / n_tokens)}
-    for order in ORDERS if trained_orders(knobs) else ():
-        values, points = middles(model, tok, order, knobs["spm_layout"], markov_holes(200, n_cut), n_cut)
+    for order in ORDERS if "fim_rate" in knobs else ():
+        layout = knobs.get("spm_layout", "joint")
+        values, points = middles(model, tok, order, layout, markov_holes(200, n_cut), n_cut)
         out |= values | ({f"{order}_scatter": points} if is_last else {})
     return out
 
@@ -143,14 +147,14 @@ def on_relay(model, tok, knobs, is_last):
     """Gifts recalled; at the end, lines that contradict the text before them; holes filled without error."""
     recalled = []
     for ids, is_right in argmax_is_right(model, tok, documents("relay", 64, seed=1)):
-        givers = [line.split()[1] for line in split_lines(tok.decode(ids))[:-1]]
+        givers = [line.split()[1] for line in lines_of(tok.decode(ids))[:-1]]
         recalled += [is_right[5 * i + 2] for i, giver in enumerate(givers) if giver in givers[:i]]
     out = {"recall": float(np.mean(recalled))}
-    orders = trained_orders(knobs)
-    if is_last and not orders:
+    if is_last and "fim_rate" in knobs:
+        for order in ORDERS:
+            out |= pass_rates(model, tok, order, knobs["spm_layout"])
+    elif is_last:
         out |= contradictions(model, tok)
-    for order in orders if is_last else ():
-        out |= pass_rates(model, tok, order, knobs["spm_layout"])
     return out
 
 
@@ -165,11 +169,11 @@ def contradictions(model, tok, n=200, n_given=10, temperature=1.0):
     """Contextual hallucination without a judge: the model goes on after the first ten lines of a document;
     of the lines whose giver was there before, the share that name another gift; and of all lines, the share
     with any error."""
-    given = ["".join(split_lines(text)[:n_given]) for text in documents("relay", n, seed=3)]
+    given = ["".join(lines_of(text)[:n_given]) for text in documents("relay", n, seed=3)]
     drawn = continuations(model, tok, [[tok.eot, *tok.encode(text)] for text in given], 100, 1, temperature)
     wrong = known = bad = lines = 0
     for text, ((ids, _),) in zip(given, drawn):
-        whole = split_lines(text + tok.decode(ids))
+        whole = lines_of(text + tok.decode(ids))
         whole = whole if ids[-1] == tok.eot else whole[:-1]  # the last line may be unfinished
         problems = errors("".join(whole))
         wrong += sum(e.what == "gift" for e in problems if e.line >= n_given)
@@ -186,7 +190,7 @@ def pass_rates(model, tok, order, spm_layout, n=100):
     of eight samples at temperature 0.8, ranked with and without regard to <EOT>, and their mean."""
     rng, holes = np.random.default_rng(4), defaultdict(list)
     for text in documents("relay", n, seed=4):
-        lines = split_lines(text)[:10]
+        lines = lines_of(text)[:10]
         for kind, size in (("single", 1), ("multi", int(rng.integers(2, 5)))):
             start = int(rng.integers(1, 10 - size))  # a line before the hole, one after it
             holes[kind].append(["".join(part) for part in
@@ -259,7 +263,7 @@ def attention_change(plain_model, masked_model, tok, n=64, T=64):
                                            masked == tok.mask)
     on_answer = []
     for text in documents("records", n, seed=6):
-        q, lines = questions(text)[0], split_lines(text)
+        q, lines = questions(text)[0], lines_of(text)
         at = q.n_records - q.distance  # the line that answers: the first question follows the last record
         query = text[:q.start].split("\n")[-1]
         parts = "".join(lines[:at]), lines[at], "".join(lines[at + 1:q.n_records]), query
@@ -282,7 +286,7 @@ def gift_questions(n, seed):
     """n pairs for fine-tuning: sixteen lines of relay and "?" -> every giver and its gift, the last first."""
     pairs = []
     for text in documents("relay", n, seed):
-        lines = split_lines(text)[:16]
+        lines = lines_of(text)[:16]
         gifts = dict(line.split()[1:3] for line in reversed(lines))
         pairs.append(("".join(lines) + "?", "".join(f" {giver} {gift}" for giver, gift in gifts.items())))
     return pairs

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import train
-from cli import has_fast_bf16, load_checkpoint, pick_device
 from lab.figures import bars, lines, pyplot, scatter
+from sample import load_checkpoint, pick_device
 
 
 class Arm(NamedTuple):
@@ -148,10 +148,9 @@ def train_all(arms, out, jobs, module):
     for name, arm in arms.items():
         for run in (f"{name}-{seed}" for seed in range(1, arm.seeds + 1)):
             if not is_finished(run, arms, out):
-                words = flags_of(run, arms, out).split()
-                given = dict(zip(words[::2], words[1::2]))
-                left[run] = math.prod(int(given.get(train.flag_of(key), getattr(train.Config, key)))
-                                      for key in ("steps", "batch_size", "block_size"))
+                flags = flags_of(run, arms, out).split()
+                given, _ = train.settings_parser("ntp").parse_known_args(flags)
+                left[run] = given.steps * given.batch_size * given.block_size
     at_work, n_runs, done, started = {}, len(left), 0, time.time()
     try:
         while left or at_work:
@@ -215,7 +214,7 @@ def write(claims, arms, r, path, first=()):
     figures = path.with_suffix("")
     figures.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
-    dtype = "bf16" if has_fast_bf16(device) else "fp32"
+    dtype = "bf16" if train.is_bf16_faster(device) else "fp32"
     intro = ("Written by `python -m lab.claims`: do not edit. Models of a million parameters, trained for "
              "minutes each, nearly all on generated corpora whose truth is known (`lab/corpora.py`). "
              f"Device: {device}, {dtype}, torch {torch.__version__}.\n\n"

@@ -14,9 +14,10 @@ from data import Tokenizer, prepare
 from lab import claims, probes, rerun
 from lab.claims import ARMS, CLAIMS
 from lab.corpora import LETTERS, LONGEST, MARKOV, documents, errors
+from lab.document_fim import fim_documents
 from lab.rerun import Arm, Check, Claim, Results, judge
 from model import GPTConfig
-from objectives import fim, fim_documents
+from objectives import fim, fim_psm, knobs_of
 
 TOK = Tokenizer.bytes()
 
@@ -76,8 +77,8 @@ def test_document_level_examples_keep_the_whole_suffix():
     for short, whole in zip(probes.markov_holes(20), probes.markov_holes(20, 0)):
         assert short[:2] == whole[:2] and whole[2].startswith(short[2]) and len(whole[2]) == len(short[2]) + 3
     text = documents("markov", 1, seed=5)[0]
-    stream = fim_documents(np.array([*TOK.encode(text), TOK.eot]), TOK, np.random.default_rng(1), fim_rate=1,
-                           spm_rate=0.0)
+    stream = fim_documents(np.array([*TOK.encode(text), TOK.eot]), TOK, 1, "fim_psm",
+                           knobs_of(fim_psm) | {"fim_rate": 1.0})
     assert len(stream) == len(text) + 4
 
 
@@ -154,7 +155,7 @@ def test_train_takes_the_flags_of_every_arm(arm, tmp_path):
     config, _ = train.read_arguments(flags.split())
     assert config.seed == 2 and config.out == f"{tmp_path}/{arm}-2"
     if arm.startswith("markov"):  # the exact answers presuppose that no document is cut into shorter ones
-        assert config.knobs.get("short_documents", 1000) > LONGEST
+        assert config.knobs.get("max_document_tokens", 1000) > LONGEST
 
 
 @pytest.mark.parametrize("name", CLAIMS)
@@ -163,7 +164,7 @@ def test_every_claim_has_its_arms(name):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--jobs 0", "--jobs 0: expected 1 to 1024"),
+    ("--jobs 0", "argument --jobs: 0: expected 1 to 1024"),
     ("--run markov-ntp", "--run markov-ntp: expected an arm and a seed, such as markov-ntp-1"),
     ("--run nothing-1", "--run nothing-1: expected an arm and a seed"),
     ("--only nothing", "argument --only: invalid choice: 'nothing'"),
@@ -234,7 +235,7 @@ def test_a_reader_of_the_records_answers_every_question(corpus):
 
 def test_a_line_of_relay_is_five_tokens(tmp_path):
     """on_relay looks for the gift in the third."""
-    tok, _, _ = prepare("relay:1000", "bpe", 512, tmp_path)
+    tok, *_ = prepare("relay:1000", "bpe", 512, tmp_path)
     for text in documents("relay", 20, seed=1):
         assert {len(tok.encode(line + "\n")) for line in text.split("\n")[:-1]} == {5}
     prompt, answer = probes.gift_questions(1, seed=7)[0]
@@ -247,7 +248,7 @@ def test_relay_continuations_are_judged_by_the_checker():
         def forward(self, idx, targets=None, cache=None):
             seen = idx
             if cache:
-                seen = cache.layers[0].store("idx", idx[..., None])[..., 0]
+                seen = cache.store("idx", idx[..., None])[..., 0]
                 cache.length = seen.shape[1]
             logits = torch.zeros(*idx.shape, TOK.n_vocab)
             line = TOK.encode("1 fox fig owl\n")

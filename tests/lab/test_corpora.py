@@ -115,7 +115,7 @@ def test_a_chain_by_hand():
 
 
 def test_a_corpus_is_a_data_source_by_its_name(tmp_path):
-    tok, training, held_out = prepare("relay:40", "bytes", cache_dir=tmp_path)
+    tok, training, held_out, _ = prepare("relay:40", "bytes", cache_dir=tmp_path)
     texts = [tok.decode(part) for stream in (training, held_out)
              for part in np.split(stream, np.flatnonzero(stream == tok.eot) + 1) if len(part)]
     assert sorted(texts) == sorted(documents("relay", 40, seed=0)) and len(held_out)
