@@ -1,13 +1,15 @@
 """The generated corpora against brute force: probabilities by counting and by enumerating every text, the
 checker on spoilt documents, the answers of questions by reading."""
+import doctest
 import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
-from data import GENERATED, prepare
-from lab.corpora import CORPORA, LETTERS, MARKOV, Markov, documents, errors, questions
+from data import GENERATED, hold_out, prepare, read_files, source_files
+from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, body_start, calls, documents, errors, holes, key,
+                         passes, passes_all, questions)
 
 RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
 
@@ -125,3 +127,109 @@ def test_a_corpus_is_a_data_source_by_its_name(tmp_path):
 def test_another_number_of_documents_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match=f"--data {source}: expected a number of documents"):
         prepare(source, "bytes", cache_dir=tmp_path)
+
+
+PROGRAMS = documents("programs", 4000, seed=1)
+SQUARES = '''def squares(xs):
+    """The sum of the squares of the numbers in xs that are greater than 3.
+
+    >>> squares([4, 2, 5])
+    41
+    >>> squares([3])
+    0
+    """
+    total = 0
+    for x in xs:
+        if x > 3:
+            total += x * x
+    return total
+'''
+
+
+def with_body(body, document=SQUARES):
+    return document[:body_start(document)] + "".join(f"    {line}\n" for line in body)
+
+
+def test_programs_do_what_their_examples_show():
+    for text in PROGRAMS[:300]:
+        namespace = {}
+        exec(text, namespace)
+        name = text[4:text.index("(")]
+        test = doctest.DocTestParser().get_doctest(namespace[name].__doc__, namespace, name, None, 0)
+        assert len(test.examples) == 2 and doctest.DocTestRunner(verbose=False).run(test).failed == 0, text
+
+
+def test_programs_are_many_short_and_of_thousands_of_meanings():
+    assert len(set(PROGRAMS)) > 3990 and len(set(map(key, PROGRAMS))) > 2000
+    assert 200 < np.mean([len(text) for text in PROGRAMS]) < 350
+    assert max(len(line) for text in PROGRAMS for line in text.split("\n")) <= 110
+
+
+def test_one_meaning_written_twice_has_one_key():
+    assert key(SQUARES) == key(with_body(["return sum(y ** 2 for y in xs if 4 <= y)"])) \
+        == key(with_body(["if not xs:", "    return 0", "rest = squares(xs[1:])",
+                          "return rest + xs[0] ** 2 * (xs[0] > 3)"]))
+    assert key(SQUARES) != key(SQUARES.replace("x > 3", "x > 4"))
+
+
+def test_no_held_out_meaning_is_trained_on(tmp_path):
+    """No function of the held-out side does what one of the training side does, also where words, names and
+    style differ. (Two functions that differ in one call are two meanings.)"""
+    sides = list(hold_out(read_files(source_files("programs:4000", tmp_path))))
+    train, held_out = ([text for text, out in sides if out == is_out] for is_out in (False, True))
+    assert sorted(train + held_out) == sorted(documents("programs", 4000, seed=0))
+    meanings = {False: defaultdict(list), True: defaultdict(list)}
+    for is_out, texts in ((False, train), (True, held_out)):
+        for text in texts:
+            namespace = {}
+            exec(text, namespace)
+            function = namespace[text[4:text.index("(")]]
+            meanings[is_out][str([function(*arguments) for arguments in calls(text)])].append(text)
+    assert len(meanings[True]) > 80 and not meanings[True].keys() & meanings[False].keys()
+    bodies = [{text[body_start(text):] for text in same} for same in meanings[True].values()]
+    assert max(map(len, bodies)) > 3  # one meaning in more than three spellings
+
+
+@pytest.mark.parametrize("body, right", [
+    (["total = 0", "for x in xs:", "    if x > 3:", "        total += x * x", "return total"], True),
+    (["return sum(y ** 2 for y in xs if y >= 4)"], True),
+    (["while xs and xs[0] <= 3:", "    xs.pop(0)", "if not xs:", "    return 0",
+      "return xs[0] ** 2 + squares(xs[1:])"], True),
+    (["return sum(x * x for x in xs if x > 4)"], False),
+    (["return {2: 41, 0: 0}[len(xs) % 3]"], False),
+    (["return float(sum(x * x for x in xs if x > 3))"], False),
+    (["return total"], False),
+    (["return ("], False),
+    (["while True:", "    pass"], False),
+    (["return squares(xs)"], False),
+    (["return [0] * 10 ** 12"], False),
+    (["import os", "return sum(x * x for x in xs if x > 3)"], False),
+    (["print(1)", "return sum(x * x for x in xs if x > 3)"], False),
+    (["exit()"], False),
+    (["raise SystemExit"], False),
+    (["().__class__.__base__.__subclasses__()", "return sum(x * x for x in xs if x > 3)"], True),
+    (["return 0", "", "squares = max"], False),
+])
+def test_a_filled_function_passes_if_it_gives_the_results(body, right):
+    assert passes(with_body(body), SQUARES) == right
+
+
+def test_many_are_judged_in_one_process_as_they_are_alone():
+    """Also beside one that takes its process with it: 10 ** 10 ** 10 cannot be interrupted."""
+    filled = [(text, text) for text in PROGRAMS[:60]] + [(text, PROGRAMS[0]) for text in PROGRAMS[1:3]]
+    assert passes_all(filled) == [True] * 60 + [False] * 2
+
+
+@pytest.mark.parametrize("kind", ["line", "lines", "span"])
+def test_holes_are_parts_of_the_body_and_never_empty(kind):
+    rng = np.random.default_rng(1)
+    for text in PROGRAMS[:300]:
+        body, hole = text[body_start(text):], holes(text, kind, rng)
+        if hole is None:
+            assert kind == "lines" and body.count("\n") == 1
+            continue
+        prefix, middle, suffix = hole
+        assert prefix + middle + suffix == text and middle and len(prefix) >= body_start(text)
+        if kind != "span":
+            assert prefix.endswith("\n") and middle.endswith("\n")
+            assert middle.count("\n") == 1 if kind == "line" else middle.count("\n") > 1
