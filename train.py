@@ -1,6 +1,6 @@
 """Train a GPT under one of the objectives.
 
-    python train.py --objective fim_spm                   a toy on the standard library: minutes on a CPU
+    python train.py --objective fim_spm                   a toy on small programs: minutes on a CPU
     python train.py --objective fim --preset laptop       larger and longer
     python train.py --preset gpt2 --data code.jsonl.gz --tokenizer gpt2        on a GPU
     python train.py --out out/fim_spm --resume            goes on where a run stopped
@@ -51,12 +51,14 @@ def paper(n_layer, n_embd, n_head, lr, params, batch=2**19):
             "save_every": 500}
 
 
-# A CPU's budget holds too few documents for the paper's one hole per document.
+# A CPU's budget holds too few long documents for the paper's one hole per document.
 SHORT = {"max_document_tokens": 128}
+# What suits a text goes over the preset: programs are short as they are, and of few words.
+SUITS = {"programs": {"vocab_size": 1024, "fim_rate": 0.9, "max_document_tokens": 0}}
 # What GPT-2 has in place of rotary positions, normalised queries and keys, and the token shift.
 GPT2 = {"position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True}
 PRESETS = {
-    "toy": SHORT,
+    "toy": SHORT | {"data": "programs"},
     "toy_gpt2": SHORT | GPT2,
     "laptop": SHORT | {"n_layer": 6, "steps": 3400, "lr": 0.008, "warmup": 100, "eval_every": 425,
                        "save_every": 425},
@@ -179,15 +181,17 @@ def read_arguments(arguments=None):
     first = Parser(add_help=False)
     first.add_argument("--objective", default="ntp", choices=OBJECTIVES)
     first.add_argument("--preset", choices=PRESETS)
+    first.add_argument("--data")
     first.add_argument("--init-from", default="")
     first.add_argument("--out", default="")
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
 
-    # Flags go over what a checkpoint fixes, that over the preset, the preset over the defaults.
+    # Flags go over what a checkpoint fixes, that over what suits the text, the preset, the defaults.
     objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
     defaults |= PRESETS[given.preset or defaults["preset"]]
+    defaults |= SUITS.get((given.data or defaults.get("data", "stdlib")).partition(":")[0], {})
     if given.resume:
         if not given.out:
             raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
@@ -196,6 +200,8 @@ def read_arguments(arguments=None):
         objective = fixed["objective"]
     elif given.init_from:
         start, fixed = load_start(given.init_from, defaults)
+        if objective in ON_PAIRS and start["data"].startswith("programs"):
+            defaults["data"] = start["data"]  # pairs of the text that the base knows
     parser = settings_parser(objective)
     known = parser.parse_args([])
     parser.set_defaults(**{name: value for name, value in (defaults | fixed).items() if name in known})
@@ -221,18 +227,18 @@ def read_arguments(arguments=None):
 
 
 def load_start(path, preset):
-    """What --init-from names -> ({"model": weights, "tokenizer"}, the settings that it fixes)."""
+    """What --init-from names -> ({"model": weights, "tokenizer", "data"}, the settings that it fixes)."""
     if Path(path).name == "ckpt.pt" or Path(path, "ckpt.pt").is_file():
         start = load_checkpoint(path)
-        tokenizer = start["config"]["tokenizer"]
+        tokenizer, data = start["config"]["tokenizer"], start["config"]["data"]
     else:
         from lab.gpt2 import load_gpt2
-        start, tokenizer = load_gpt2(path), "gpt2"
+        start, tokenizer, data = load_gpt2(path), "gpt2", ""
     fixed = start["model_config"] | {"tokenizer": tokenizer}
     del fixed["attention"], fixed["dropout"]  # these have no weights, as rotary positions have none
     if fixed["position"] == "rope" and "block_size" in preset:
         del fixed["block_size"]
-    return {"model": start["model"], "tokenizer": start["tokenizer"]}, fixed
+    return {"model": start["model"], "tokenizer": start["tokenizer"], "data": data}, fixed
 
 
 # The loop

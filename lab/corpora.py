@@ -23,6 +23,7 @@ A document is a pure function of (name, seed, index). `--data` draws with seed 0
 """
 import ast
 import functools
+import hashlib
 import json
 import os
 import random
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import trange
 
 from lab import sandbox
 
@@ -567,10 +569,13 @@ def write(source, folder):
     if not re.fullmatch("[1-9][0-9]{0,8}", n):
         raise ValueError(f"--data {source}: expected a number of documents after the colon, "
                          f"such as {name}:{N_DOCUMENTS}")
-    path = Path(folder, f"{name}-{n}.jsonl")
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    path = Path(folder, f"{name}-{n}-{version}.jsonl")
+    if path.exists():
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as f:
-        for index in range(int(n)):
+        for index in trange(int(n), desc=f"drawing {name}", leave=False, disable=None):
             text = document(name, 0, index)
             f.write(json.dumps({"text": text} | ({"key": KEYS[name](text)} if name in KEYS else {})) + "\n")
     os.replace(f.name, path)
