@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import GENERATED, Batches, Tokenizer, lines_of, prepare, text_rows
 from model import GPT, GPTConfig
-from objectives import IGNORE, KNOBS, OBJECTIVES, ON_PAIRS, PROMPTS, knobs_of, ntp
+from objectives import IGNORE, KNOBS, OBJECTIVES, ON_PAIRS, PROMPTS, documents_in, knobs_of, ntp
 from sample import Parser, infill, load_checkpoint, load_weights, one_line_errors, pick_device, within
 
 # Presets and settings
@@ -511,7 +511,7 @@ def held_out_report(model, held_out_rows, tok, config, step, autocast):
     stop_if_diverged(bpb, step, config)
     say(f"step {step}: {bpb:.4f} held-out bits per byte{' of the answers' if name == 'answer_bpb' else ''}")
     if config.objective in PROMPTS:
-        say(show_infill(model, tok, config, tok.decode(rows[step % len(rows)][0].tolist())))
+        say(show_infill(model, tok, config, rows[step % len(rows)][0]))
     return {name: bpb}
 
 
@@ -538,16 +538,17 @@ def text_bits(model, rows, tok, autocast=nullcontext()):
     return np.concatenate(bits), np.concatenate(lengths)
 
 
-def show_infill(model, tok, config, text):
-    """A few lines to print: the line in the middle of a text, taken out and infilled greedily."""
-    lines = lines_of(text)
-    i = max(range(len(lines)), key=lambda i: (lines[i].strip() != "", -abs(i - len(lines) // 2)))
+def show_infill(model, tok, config, ids):
+    """A few lines to print: a line of the longest document in a window, taken out and infilled greedily."""
+    lines = lines_of(tok.decode(max(documents_in(ids, tok, None), key=len)))
+    # A line at four fifths: in a program of ten lines, that is within the body.
+    i = max(range(len(lines)), key=lambda i: (lines[i].strip() != "", -abs(i - len(lines) * 4 // 5)))
     best, = infill(model, tok, "".join(lines[:i]), "".join(lines[i + 1:]),
                    prompt=partial(PROMPTS[config.objective], tok=tok, **config.knobs),
                    max_new_tokens=min(64, model.config.block_size // 4))
     shown = lines_of(best.text)
     shown = "".join(shown[:3]) + ("..." if len(shown) > 3 else "")
-    return f"{''.join(lines[max(0, i - 2):i])}⟦{shown}⟧{''.join(lines[i + 1:i + 2]).rstrip()}\n" \
+    return f"{''.join(lines[max(0, i - 9):i])}⟦{shown}⟧{''.join(lines[i + 1:i + 4]).rstrip()}\n" \
            f"    (between ⟦ and ⟧: the model, {best.ended}; true: {lines[i].strip()!r})"
 
 
