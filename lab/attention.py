@@ -43,13 +43,12 @@ def received(model, rows):
     """rows (N, T) of ids -> Att (N, T): the attention that each position gets, a mean over layers, heads and
     the queries that see it, times the number of positions each query sees: 1 everywhere if attention is
     uniform."""
-    T, config = rows.shape[1], model.config
+    T, config, parts = rows.shape[1], model.config, []
     device = next(model.parameters()).device
     n_seen = torch.arange(1, T + 1, device=device)
-    parts = []
     size = max(1, 2**26 // (config.n_layer * config.n_head * T * T))  # weights of 256 MB at most
     for batch in torch.from_numpy(np.asarray(rows, np.int64)).split(size):
-        mean = weights(model, batch.to(device)).float().mean((1, 2))           # (B, T, T)
+        mean = weights(model, batch.to(device)).float().mean((1, 2))            # (B, T, T)
         parts.append(((mean * n_seen[:, None]).sum(1) / n_seen.flip(0)).cpu())  # T - j queries see position j
     return torch.cat(parts).numpy().astype(np.float64)
 
@@ -79,22 +78,15 @@ def compare(plain, masked, is_masked):
 
 def shares(model, tok, segments=PASSAGE):
     """Of the last token's attention, how much falls on each of four texts: array (L * H, 4), whose rows sum
-    to 1.
-
-    Where they do not fit the context, the two contexts lose their far ends."""
-    parts = fit([tok.encode(text) for text in segments], model.config.block_size)
+    to 1. Where they do not fit the context, the two contexts lose their far ends, in proportion."""
+    parts, room = [tok.encode(text) for text in segments], model.config.block_size
+    (before, answer, after, query), surplus = parts, sum(map(len, parts)) - room
+    if surplus > 0:
+        if surplus > len(before) + len(after):
+            raise ValueError(f"answer and query have {len(answer + query)} tokens, the context holds {room}")
+        from_before = surplus * len(before) // (len(before) + len(after))
+        parts[0], parts[2] = before[from_before:], after[:len(after) - (surplus - from_before)]
     idx = torch.tensor([sum(parts, [])], device=next(model.parameters()).device)
     last = weights(model, idx)[0, :, :, -1].flatten(0, 1).float().cpu()         # (L * H, T)
     by_part = last.split([len(part) for part in parts], dim=1)
     return torch.stack([part.sum(1) for part in by_part], dim=1).numpy()
-
-
-def fit(parts, room):
-    before, answer, after, query = parts
-    surplus = max(0, sum(map(len, parts)) - room)
-    in_proportion = surplus * len(before) // max(1, len(before) + len(after))
-    from_before = min(len(before), max(surplus - len(after), in_proportion))
-    kept = [before[from_before:], answer, after[:max(0, len(after) - (surplus - from_before))], query]
-    if sum(map(len, kept)) > room:
-        raise ValueError(f"answer and query have {len(answer) + len(query)} tokens, the context holds {room}")
-    return kept

@@ -9,7 +9,7 @@ measured, and the bounds that decide, written before the runs. rerun.py does the
 """
 import json
 import os
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +22,14 @@ from lab.rerun import Arm, Check, Claim, Results, table, train_all, train_run, w
 from sample import Parser, load_model, newest_run, one_line_errors, pick_device, within
 
 
-def markov(objective, steps=400, eval_every=200, base="", probe=probes.on_markov):
+def markov(objective, steps=400, eval_every=200, base=""):
     return Arm(f"--objective {objective} --data markov:100000 --tokenizer bytes --block-size 128 "
                f"--batch-size 32 --steps {steps} --warmup 20 --eval-every {eval_every} --eval-tokens 4096",
-               probe, base=base)
+               probes.on_markov, base=base)
 
 
 def stdlib(objective):
-    return Arm(f"--objective {objective} --eval-every 750", probes.on_stdlib)
+    return Arm(f"--objective {objective} --data stdlib --eval-every 750", probes.on_stdlib)
 
 
 def relay(objective, steps, eval_every):
@@ -62,8 +62,7 @@ ARMS = {
     "markov-fim-1.0": markov("fim --fim-rate 1.0"),
     "markov-psm": markov("fim_psm --fim-rate 0.9"),
     "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
-    "markov-documents": markov("fim --fim-level document --fim-rate 0.9",
-                               probe=partial(probes.on_markov, n_cut=0)),
+    "markov-documents": markov("fim --fim-level document --fim-rate 0.9"),
     "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
     "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
     "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),

@@ -10,60 +10,86 @@ header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor after t
 writes each byte of a token as a letter, and has the pairs of tokens that merge, in order.
 """
 import json
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import Tokenizer
+from model import GPTConfig
 from sample import Parser, load_model, one_line_errors
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files hold
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GELU = {"gelu_new": "tanh", "gelu": "exact"}
 
 
 def load_gpt2(path):
     """A file or folder of GPT-2's weights -> {"model", "model_config", "tokenizer"}, as in a checkpoint of
     train.py.
 
-    The shape is read off the weights; the number of heads off a config.json beside them, or it is n_embd /
-    64, as in all of GPT-2's sizes. <PRE> <SUF> <MID> <MASK>, which GPT-2 lacks, get the mean of its
-    embeddings (its <|endoftext|> is our <EOT>). Raises OSError where the file is damaged or holds something
-    else."""
+    The shape is read off the weights; the heads off the config.json beside them, else they have 64 channels,
+    as in all of GPT-2's sizes. <PRE> <SUF> <MID> <MASK>, which GPT-2 lacks, get the mean of its embeddings
+    (its <|endoftext|> is our <EOT>). Raises OSError where the file is damaged or holds something else, or
+    config.json asks for what model.py does not do."""
     path = Path(path)
-    if path.is_dir():
-        files = [f for f in (path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()]
-        if not files:
-            raise OSError(f"--init-from {path}: expected ckpt.pt, model.safetensors or "
-                          "pytorch_model.bin in it")
-        path = files[0]
+    files = [f for f in (path, path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()]
+    if not files:
+        raise OSError(f"--init-from {path}: no such file; expected a run, or a model.safetensors or "
+                      "pytorch_model.bin of GPT-2, or a folder with one")
+    path = files[0]
     try:
-        weights = (read_safetensors if path.suffix == ".safetensors" else load_tensors)(path)
-        weights = {name.removeprefix("transformer."): w.float() for name, w in weights.items()
+        read = read_safetensors if path.suffix == ".safetensors" else partial(
+            torch.load, map_location="cpu", weights_only=True)
+        weights = {name.removeprefix("transformer."): w.float() for name, w in read(path).items()
                    if not name.endswith(BUFFERS)}
-        weights.pop("lm_head.weight", None)  # GPT-2 shares it with the embedding
-        block_size, n_embd = weights["wpe.weight"].shape
+        wte, wpe, has_head = weights["wte.weight"], weights["wpe.weight"], "lm_head.weight" in weights
+        (vocab_size, n_embd), (block_size, _) = wte.shape, wpe.shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
-    except FileNotFoundError:
-        raise OSError(f"--init-from {path}: no such file; expected a run, or GPT-2's weights") from None
-    except (RuntimeError, AttributeError, ValueError, KeyError, TypeError) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({why})") from None
-    beside, n_head = path.parent / "config.json", max(1, n_embd // 64)
-    if beside.is_file():
-        n_head = json.loads(beside.read_text()).get("n_head", n_head)
-    tok, wte = Tokenizer.gpt2(), weights["wte.weight"]
-    if len(wte) != tok.n_vocab:
-        if len(wte) != tok.eot + 1:
-            raise OSError(f"--init-from {path}: a vocabulary of {len(wte):,} tokens, GPT-2's {tok.eot + 1:,}")
-        weights["wte.weight"] = torch.cat((wte, wte.mean(0, keepdim=True).expand(tok.n_vocab - len(wte), -1)))
-    state = {f"transformer.{name}": w.T.contiguous() if name.endswith(LINEAR) else w
-             for name, w in weights.items()}
-    state["lm_head.weight"] = state["transformer.wte.weight"]
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "block_size": block_size,
-             "position": "learned", "qk_norm": False, "token_shift": False, "tied": True, "bias": True,
-             "gelu": "tanh"}
-    return {"model": state, "model_config": {"vocab_size": tok.n_vocab, **shape}, "tokenizer": tok.to_dict()}
+        head = weights.get("lm_head.weight", wte).view_as(wte)
+    except Exception as error:  # a damaged or foreign file fails the unpickler in any way
+        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({type(error).__name__}: "
+                      f"{' '.join(str(error).split())[:200]})") from None
+    tok = Tokenizer.gpt2()
+    if vocab_size not in (tok.eot + 1, tok.n_vocab):
+        raise OSError(f"--init-from {path}: a vocabulary of {vocab_size:,} tokens, GPT-2's {tok.eot + 1:,}")
+
+    # What config.json may say: first what holds where it says nothing.
+    n_head, is_tied = max(1, n_embd // 64), torch.equal(head, wte)
+    c = read_config(path.parent / "config.json", {
+        "model_type": ["gpt2"], "vocab_size": [vocab_size], "n_positions": [block_size], "n_embd": [n_embd],
+        "n_layer": [n_layer], "n_head": [n_head, *(n for n in range(1, n_embd + 1) if n_embd % n == 0)],
+        "n_inner": [None, 4 * n_embd], "activation_function": [*GELU], "layer_norm_epsilon": [1e-5],
+        "tie_word_embeddings": [is_tied, not is_tied] if has_head else [True], "eos_token_id": [tok.eot],
+        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
+        "add_cross_attention": [False]})
+    weights["lm_head.weight"] = wte if c["tie_word_embeddings"] else head
+    for name in ("wte.weight", "lm_head.weight"):
+        mean = weights[name].mean(0, keepdim=True)
+        weights[name] = torch.cat((weights[name], mean.expand(tok.n_vocab - vocab_size, -1)))
+    state = {name if name == "lm_head.weight" else f"transformer.{name}":
+             w.T.contiguous() if name.endswith(LINEAR) else w for name, w in weights.items()}
+    config = GPTConfig(tok.n_vocab, block_size, n_layer, c["n_head"], n_embd, bias=True, position="learned",
+                       qk_norm=False, token_shift=False, tied=c["tie_word_embeddings"],
+                       gelu=GELU[c["activation_function"]])
+    return {"model": state, "model_config": asdict(config), "tokenizer": tok.to_dict()}
+
+
+def read_config(path, allowed):
+    """config.json, if there is one, and {key: the values that it may have} -> {key: its value, or else the
+    first of those}. Raises OSError for another value."""
+    try:
+        given = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        values = {key: given.get(key, choices[0]) for key, choices in allowed.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise OSError(f"--init-from {path}: not a JSON object of settings ({error})") from None
+    for key, choices in allowed.items():
+        if json.dumps(values[key]) not in map(json.dumps, choices):  # in Python, 2.0 == 2 and True == 1
+            expected = " or ".join(dict.fromkeys(map(json.dumps, choices)))
+            raise OSError(f"--init-from {path}: {key} is {json.dumps(values[key])}, expected {expected}")
+    return values
 
 
 def save_gpt2(model, tok, folder):
@@ -99,7 +125,6 @@ def save_tokenizer(tok, folder, block_size):
     Names of special tokens in a text become their ids there, unless one asks for split_special_tokens=True.
     tiktoken merges whichever two neighbours have the joined text of the smallest id, so every way to cut a
     token into two is a merge here."""
-    names = {getattr(tok, name): f"<{name.upper()}>" for name in SPECIALS}
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes
     others = iter(range(256, 512))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -112,7 +137,7 @@ def save_tokenizer(tok, folder, block_size):
     as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     whole = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": names[i], "special": True, "single_word": False,
+        "added_tokens": [{"id": i, "content": tok.names[i], "special": True, "single_word": False,
                           "lstrip": False, "rstrip": False, "normalized": False} for i in tok.specials],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False},
@@ -123,8 +148,9 @@ def save_tokenizer(tok, folder, block_size):
                   "ignore_merges": True,  # a piece that is a token stays whole, whatever its parts merge to
                   "vocab": {written[text]: i for text, i in ranks.items()},
                   "merges": [[written[a], written[b]] for a, b in merges]}}
-    special = {"bos_token": names[tok.eot], "eos_token": names[tok.eot], "mask_token": names[tok.mask],
-               "additional_special_tokens": [names[i] for i in (tok.pre, tok.suf, tok.mid)]}
+    eot, mask = tok.names[tok.eot], tok.names[tok.mask]
+    special = {"bos_token": eot, "eos_token": eot, "mask_token": mask,
+               "additional_special_tokens": [tok.names[i] for i in (tok.pre, tok.suf, tok.mid)]}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "clean_up_tokenization_spaces": False, "add_bos_token": False, **special,
               "model_input_names": ["input_ids", "attention_mask"]}  # GPT-2 would add token_type_ids up

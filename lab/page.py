@@ -1,7 +1,7 @@
 """Pages to look at in any browser, without a server or a network: each is one file with its data in it.
 
-    python objectives.py --html page.html                             one text under every objective
-    python sample.py --prefix TEXT --suffix TEXT --html page.html     what each token of an infill attends to
+    python -m lab.page objectives page.html                           one text under every objective
+    python -m lab.page infill page.html --prefix TEXT --suffix TEXT   what each token of an infill attends to
 
 A template in pages/ has a page's style and script; the data stand in it as JSON. To know which token of the
 text each token of a row is, Tracer runs the objectives themselves on ids that remember their place.
@@ -9,6 +9,7 @@ text each token of a row is, Tracer runs the objectives themselves on ids that r
 import base64
 import json
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import SPECIALS
+import objectives
+from data import Tokenizer
 from lab.attention import weights
-from objectives import IGNORE, OBJECTIVES, ON_PAIRS, knobs_of
-from sample import collect, generate, infill_prompt
+from objectives import IGNORE, fim_prompt, rows_of_every_objective
+from sample import (Parser, add_sampling, collect, generate, infill_prompt, load_model, newest_run, note,
+                    one_line_errors, pick_device, unescape)
 
 LIMIT = 300_000  # bytes of a page
 # What stands after another hole. A model that reads the suffix finds its infill less likely before this one.
@@ -50,6 +53,13 @@ class Piece(str):
         part = "prefix" if key.start is None else "suffix" if key.stop is None else "middle"
         return Piece(super().__getitem__(key), self.start + (key.start or 0), part)
 
+    def partition(self, separator):  # a prompt, its end, an answer
+        prompt, end, answer = super().partition(separator)
+        return Piece(prompt, part="prompt"), end, Piece(answer, len(prompt + end), "answer")
+
+    def __add__(self, end):
+        return Piece(super().__add__(end), self.start, self.part)
+
 
 class Token(NamedTuple):
     """id, the part that it belongs to, and its place: bytes start to end of the text (0, 0: in no place)."""
@@ -79,12 +89,10 @@ class Tracer:
             start = end
         return list(range(first, self.tok.n_vocab + len(self.tokens)))
 
-    def decode(self, ids):
+    def decode(self, ids, errors="replace"):
         tokens = [self.origin(i) for i in ids]
-        return Piece(self.tok.decode([token.id for token in tokens]), tokens[0].start if tokens else 0)
-
-    def whole_characters(self, ids):
-        return self.tok.whole_characters([self.origin(i).id for i in ids])
+        text = self.tok.decode([token.id for token in tokens], errors)
+        return Piece(text, tokens[0].start if tokens else 0)
 
     def origin(self, i):
         """An id, traced or not -> its Token."""
@@ -93,28 +101,13 @@ class Tracer:
         return Token(i, "mask" if i == self.tok.mask else "sentinel" if i in self.tok.specials else "text")
 
 
-def draw_objectives(path, text, tok, shown, seed):
-    """Writes the page of one text under every objective. shown: knobs with other than their default values.
-
-    Raises OSError."""
-    write(path, fill("objectives", {"rows": objective_rows(text, tok, shown, seed)}))
-
-
-def objective_rows(text, tok, shown, seed):
+def objective_rows(text, tok, **settings):
     """An ASCII text -> a dict for each objective: its name and knobs, and for each position of its row the
     input's text, id, part and place; what a <MASK> hides; the target as [text, id], or None where IGNORE."""
-    rows = []
-    for name, objective in OBJECTIVES.items():
-        tracer = Tracer(tok)
-        if name in ON_PAIRS:
-            prompt, answer = text.split("(", 1)
-            ids = [*tracer.encode(Piece(prompt, 0, "prompt")), tok.mid,
-                   *tracer.encode(Piece(answer, len(prompt) + 1, "answer"))]
-        else:
-            ids = tracer.encode(Piece(text))
-        knobs = {knob: shown.get(knob, default) for knob, default in knobs_of(objective).items()}
-        inputs, targets = objective(np.array([*ids, tok.eot]), tracer, np.random.default_rng(seed), **knobs)
-        tokens, before = [], ids[0]  # before: the target one position earlier, which is what a <MASK> hides
+    rows, tracer = [], Tracer(tok)
+    for name, knobs, inputs, targets in rows_of_every_objective(Piece(text), tracer, **settings):
+        tokens = []
+        before = tok.n_vocab  # what a <MASK> hides: the target one position earlier (first: the first token)
         for i, target in zip(inputs.tolist(), targets.tolist()):
             token, place, hides = tracer.origin(i), tracer.origin(i), None
             if token.part == "mask" and before != IGNORE:
@@ -130,26 +123,34 @@ def objective_rows(text, tok, shown, seed):
     return rows
 
 
-def draw_infill(path, model, tok, prefix, suffix, max_new_tokens, order, spm_layout, stream, warn,
-                **sampling):
+def draw_objectives(path, text, tok, **settings):
+    """Writes the page of one text under every objective. Raises OSError."""
+    write(path, fill("objectives", {"rows": objective_rows(text, tok, **settings)}))
+
+
+def draw_infill(path, model, tok, prefix, suffix, max_new_tokens, prompt=None, warn=None, **sampling):
     """Writes the page of one infill; the settings are those of sample.infill. Raises ValueError or OSError.
 
     The smallest attention weights are left out where the page would be larger than LIMIT."""
-    tracer = Tracer(tok)
-    traced = infill_prompt(model, tracer, Piece(prefix, part="prefix"), Piece(suffix, part="suffix"),
-                           max_new_tokens, order, spm_layout, warn)
-    prompt, parts, *_ = zip(*(tracer.origin(i) for i in traced))
-    idx = torch.tensor([prompt], device=next(model.parameters()).device)        # (1, T)
+    prompt, parts = prompt or getattr(model, "prompt", None), []
+
+    def traced(*texts):  # a prompt is laid out alike, whatever its tokens are: here, names of their parts
+        names = prompt(*([name] * len(ids) for name, ids in zip(("prefix", "suffix"), texts)))
+        parts.extend(name if isinstance(name, str) else "sentinel" for name in names)
+        return prompt(*texts)
+
+    ids = infill_prompt(model, tok, prefix, suffix, max_new_tokens, prompt and traced, warn)
+    idx = torch.tensor([ids], device=next(model.parameters()).device)           # (1, T)
     steps = generate(model, idx, max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **sampling)
-    (middle, _), = collect(steps, tok, stream)
+    (middle, _), = collect(steps, tok)
 
     is_suffix = np.array(parts) == "suffix"
-    other = np.array(prompt)
+    other = np.array(ids)
     other[is_suffix] = np.resize(tok.encode(OTHER_SUFFIX), is_suffix.sum())  # as long: all positions stay
     if is_suffix.any():
-        prompts = {"Before its own suffix": prompt, "Before another suffix": other.tolist()}
+        prompts = {"Before its own suffix": ids, "Before another suffix": other.tolist()}
     else:
-        prompts = {"Without a suffix": prompt}
+        prompts = {"Without a suffix": ids}
 
     data = {"parts": [*parts, *["middle"] * len(middle)], "ids": middle, "rows": []}
     attentions = []
@@ -188,8 +189,8 @@ def packed(attention, least):
 def show(tok, i):
     """An id -> its text. Bytes that are no whole character and what does not print are shown as in Python's
     source; line ends stay."""
-    if i in tok.specials:
-        return next(f"<{name.upper()}>" for name in SPECIALS if getattr(tok, name) == i)
+    if i in tok.names:
+        return tok.names[i]
     text = tok.decode_bytes([i]).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
@@ -205,5 +206,38 @@ def write(path, page):
     try:
         Path(path).write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
-        raise OSError(f"--html {path}: could not be written ({error.strerror})") from None
+        raise OSError(f"{path}: could not be written ({error.strerror})") from None
     print(f"{path}: {len(page.encode()) / 1000:.0f} kB, for any browser")
+
+
+@one_line_errors
+def main(arguments=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    pages = parser.add_subparsers(dest="page", required=True, metavar="objectives|infill", prog=parser.prog)
+    for name in ("objectives", "infill"):
+        page = pages.add_parser(name)
+        page.add_argument("file", metavar="FILE.html", help="where the page is written")
+    page.add_argument("--prefix", type=unescape, default="", metavar="TEXT", help="text before the hole")
+    page.add_argument("--suffix", type=unescape, default="", metavar="TEXT", help="text after the hole")
+    page.add_argument("--order", choices=("psm", "spm"), help="of infilling, for a model trained in both")
+    add_sampling(page)
+    args = parser.parse_args(arguments)
+    if args.page == "objectives":
+        source = Path(objectives.__file__).read_text(encoding="utf-8")
+        tok = Tokenizer.train([source, objectives.TEXT * 9], 600)  # as `python objectives.py` does
+        return draw_objectives(args.file, objectives.TEXT, tok)
+    if args.n > 1:
+        raise ValueError(f"--n {args.n}: expected one infill")
+    path = args.ckpt or newest_run()
+    model, tok, checkpoint = load_model(path, pick_device(args.device))
+    knobs, prompt = checkpoint["config"]["knobs"], None
+    if args.order:
+        if "spm_rate" not in knobs:
+            raise ValueError(f"--order {args.order}: expected a model of fim or fim_meap, which have both")
+        prompt = partial(fim_prompt, tok=tok, order=args.order, spm_layout=knobs["spm_layout"])
+    draw_infill(args.file, model, tok, args.prefix, args.suffix, args.max_new_tokens, prompt, note,
+                temperature=args.temperature or 0.0, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,8 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import (Batches, is_held_out, kind_of, lines_of, load_documents, make_tokenizer, newlines, read_records,
-                  source_files)
+from data import (Batches, is_held_out, kind_of, lines_of, load_documents, make_tokenizer, newlines,
+                  read_records, source_files)
 from objectives import IGNORE, sft
 
 
@@ -46,21 +46,19 @@ def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, bat
 
 
 def load_pairs(source):
-    """source -> (training pairs, held-out pairs), lists of (prompt, answer) as texts.
+    """source -> (training pairs, held-out pairs), lists of (prompt, answer) as texts. ValueError or OSError.
 
     5% are held out by a hash of the pair; of functions by a hash of the file they stand in, so that a model
-    trained on the standard library has not read them. Raises ValueError or OSError."""
+    trained on the standard library has not read them."""
     if source in ("stdlib", "site-packages"):
         raise ValueError(f"--data {source}: plain text; expected functions, or a .jsonl or .json of pairs")
-    if source == "functions":
-        with_key = function_pairs()
-    else:
-        with_key = [(pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
-    keys = {key: is_held_out(key) for key in {key for _, key in with_key}}
-    training = [pair for pair, key in with_key if not keys[key]]
+    with_key = function_pairs() if source == "functions" else [
+        (pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
+    held_out = {key: is_held_out(key) for key in {key for _, key in with_key}}
+    training = [pair for pair, key in with_key if not held_out[key]]
     if not training:
         raise ValueError(f"--data {source}: no pairs to train on in it")
-    return training, [pair for pair, key in with_key if keys[key]]
+    return training, [pair for pair, key in with_key if held_out[key]]
 
 
 @lru_cache(maxsize=1)
@@ -94,15 +92,11 @@ def read_pairs(path):
         raise ValueError(f"--data {path}: is no .jsonl or .json of pairs; expected one, or functions")
     for place, record in read_records(path, "--data"):
         try:
-            pairs = pairs_of(record)
-        except (KeyError, TypeError, AttributeError):
-            pairs = [(None, None)]
-        if not all(isinstance(text, str) for pair in pairs for text in pair):
+            pairs = [(newlines(prompt), newlines(answer)) for prompt, answer in pairs_of(record)]
+        except (KeyError, TypeError, AttributeError):  # a field is missing, or is no text
             raise ValueError(f"--data {path}: {place} is no pair: expected texts as prompt and answer, "
-                             "instruction and output, or conversations of from and value")
-        for prompt, answer in pairs:
-            if answer.strip():
-                yield newlines(prompt), newlines(answer)
+                             "instruction and output, or conversations of from and value") from None
+        yield from ((prompt, answer) for prompt, answer in pairs if answer.strip())
 
 
 def pairs_of(record):
@@ -117,15 +111,12 @@ def pairs_of(record):
 
 def encode_pairs(pairs, tok):
     """[(prompt, answer)] as texts -> the same as lists of ids."""
-    prompts, answers = (tok.encode_batch([pair[side] for pair in pairs]) for side in (0, 1))
-    return list(zip(prompts, answers))
+    return [(tok.encode(prompt), tok.encode(answer)) for prompt, answer in pairs]
 
 
 def fit_examples(pairs, tok, block_size):
     """Pairs of ids -> (examples, how many of them had a prompt cut on its left, how many pairs were left
-    out).
-
-    An example has at most block_size // 2 ids; a pair whose answer alone has more is left out."""
+    out). An example has at most block_size // 2 ids; a pair whose answer alone has more is left out."""
     examples, n_cut = [], 0
     for prompt, answer in pairs:
         room = block_size // 2 - len(answer) - 2  # for the prompt, beside <MID> and <EOT>
@@ -151,27 +142,24 @@ def pack(lengths, T):
     longest first: each goes where it leaves the least room)."""
     rows, with_room = [], defaultdict(list)  # with_room: {tokens left: [row]}
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room = next((room for room in range(lengths[i], T + 1) if with_room[room]), None)
-        if room is None:
-            row, room = [], T
-            rows.append(row)
-        else:
-            row = with_room[room].pop()
+        room = next((room for room in range(lengths[i], T + 1) if with_room[room]), T)
+        if not with_room[room]:
+            rows.append([])
+            with_room[room].append(rows[-1])
+        row = with_room[room].pop()
         row.append(i)
         with_room[room - lengths[i]].append(row)
     return rows
 
 
 class PairBatches(Batches):
-    """data.Batches of pairs of ids: batch(number) -> (inputs, targets), int64 arrays (B, T), a pure function of
-    (seed, number). Examples are packed into rows once; each epoch draws an order of the rows, and each
-    row its masks, afresh.
-
-    stream: the examples. n_windows: rows in an epoch."""
+    """data.Batches of pairs of ids: batch(number) -> (inputs, targets), int64 arrays (B, T), a pure function
+    of (seed, number). Examples are packed into rows once; each epoch draws an order of the rows, and each row
+    its masks, afresh. stream: the examples. n_windows: rows in an epoch."""
 
     def __init__(self, pairs, objective, tok, block_size, batch_size, seed):
-        self.objective, self.tok, self.T, self.B = objective, tok, block_size, batch_size
-        self.seed = seed
+        self.objective, self.tok, self.seed = objective, tok, seed
+        self.T, self.B = block_size, batch_size
         self.stream, self.n_cut, self.n_left_out = fit_examples(pairs, tok, block_size)
         if not self.stream:
             raise ValueError(f"--block-size {block_size}: expected one whose half holds an answer")
@@ -183,11 +171,9 @@ class PairBatches(Batches):
         self.epoch = lru_cache(maxsize=2)(self.draw_epoch)
 
     def describe(self):
-        n, left_out = len(self.stream), ""
-        if self.n_left_out:
-            left_out = f"; {self.n_left_out:,} left out, whose answers do not fit half a row"
+        n = len(self.stream)
         return (f"{n:,} pairs to train on in {self.n_windows:,} rows, {self.n_copied / n:.0%} with a masked "
-                f"copy, {self.n_cut / n:.0%} with a cut prompt{left_out}")
+                f"copy, {self.n_cut / n:.0%} with a cut prompt; {self.n_left_out:,} do not fit half a row")
 
     def draw_epoch(self, epoch):
         return np.random.default_rng([self.seed, epoch, 0]).permutation(self.n_windows)

@@ -20,14 +20,13 @@ from sample import STOPPED, best_first
 ORDERS = ("psm", "spm")
 
 
-def on_markov(model, tok, knobs, is_last, n_cut=3):
+def on_markov(model, tok, knobs, is_last):
     """Bits a token of plain documents above those of their probabilities; and what middles returns, in both
     orders, of a model trained on one at least, SPM as it was trained or joint.
 
     Whether a document is plain or a FIM example is a coin in training, and the model learns its odds. Its
     bits for the coin, -log2(1 - P(<PRE>)), are kept apart: excess is without them, as is generation, which
-    leaves the sentinels out. n_cut: the letters of a suffix that give way to three sentinels; 0 if trained on
-    whole documents."""
+    leaves the sentinels out."""
     texts = documents("markov", 500, seed=1)
     scores = score(model, [([tok.eot], [*tok.encode(text), tok.eot]) for text in texts], tok.pre)
     coin = -sum(np.log2(1 - np.exp(s.watched)).sum() for s in scores)
@@ -36,7 +35,7 @@ def on_markov(model, tok, knobs, is_last, n_cut=3):
     out = {"excess": float(excess / n_tokens), "coin": float(coin / n_tokens)}
     for order in ORDERS if "fim_rate" in knobs else ():
         layout = knobs.get("spm_layout", "joint")
-        values, points = middles(model, tok, order, layout, markov_holes(200, n_cut), n_cut)
+        values, points = middles(model, tok, order, layout, markov_holes(200))
         out |= values | ({f"{order}_scatter": points} if is_last else {})
     return out
 
@@ -47,29 +46,29 @@ def bits(s):
 
 
 @lru_cache
-def markov_holes(n, n_cut=3):
+def markov_holes(n):
     """n holes as in training, with at least a letter of prefix and of suffix: [(prefix, middle, suffix)]."""
     rng, holes = np.random.default_rng(1), []
     for text in documents("markov", 4 * n, seed=2):
         prefix, middle, suffix = split(text, rng)
-        if prefix and len(suffix) > 3:  # whatever n_cut is: the same holes
-            holes.append((prefix, middle, suffix[:len(suffix) - n_cut]))
+        if prefix and suffix:
+            holes.append((prefix, middle, suffix))
     return holes[:n]
 
 
-def length_prior(n_prefix, n_suffix, is_joint, n_cut=3):
+def length_prior(n_prefix, n_suffix, is_joint):
     """w (L,): the prior of a middle's length l, up to a factor, given the lengths of prefix and suffix.
 
-    A document of t = n_prefix + l + n_suffix + n_cut letters, t uniform from SHORTEST to LONGEST, is cut at
-    two independent, uniform places of its t + 1, and its suffix loses n_cut letters. In joint SPM, prefix and
-    middle stand side by side, and any of their places may have been the first cut."""
-    lengths = np.arange(max(0, LONGEST - n_cut - n_prefix - n_suffix) + 1)
-    t = n_prefix + lengths + n_suffix + n_cut
+    A document of t = n_prefix + l + n_suffix letters, t uniform from SHORTEST to LONGEST, is cut at two
+    independent, uniform places of its t + 1. In joint SPM, prefix and middle stand side by side, and any of
+    their places may have been the first cut."""
+    lengths = np.arange(max(0, LONGEST - n_prefix - n_suffix) + 1)
+    t = n_prefix + lengths + n_suffix
     ways = 2 * (n_prefix + lengths) + 1 if is_joint else np.where(lengths, 2, 1)
     return np.where((SHORTEST <= t) & (t <= LONGEST), ways / (t + 1.0) ** 2, 0.0)
 
 
-def middles(model, tok, order, spm_layout, holes, n_cut=3):
+def middles(model, tok, order, spm_layout, holes):
     """A model against Bayes' rule (corpora.Markov.infill) in the same holes -> {name: value}, and P(<EOT>)
     wherever a letter of a middle stands or would stand: [exact, model's]. The names, after "psm_" or "spm_":
 
@@ -87,7 +86,7 @@ def middles(model, tok, order, spm_layout, holes, n_cut=3):
                    for prefix, _, suffix in holes]
         scores = score(model, [(prompt, [*letters(middle), tok.eot])
                                for prompt, (_, middle, _) in zip(prompts, holes)], tok.eot)
-        priors = [length_prior(len(prefix), len(suffix), is_joint, n_cut) for prefix, _, suffix in holes]
+        priors = [length_prior(len(prefix), len(suffix), is_joint) for prefix, _, suffix in holes]
         return scores, [MARKOV.infill(prefix[-1], middle, suffix[0], prior)
                         for (prefix, middle, suffix), prior in zip(holes, priors)]
 
@@ -116,7 +115,7 @@ def middles(model, tok, order, spm_layout, holes, n_cut=3):
     exact_alone = sum(MARKOV.bits(prefix[-1] + middle).sum() for prefix, middle, _ in holes)
     for_length = 0
     for prefix, middle, suffix in holes:
-        prior = length_prior(len(prefix), len(suffix), is_joint, n_cut)
+        prior = length_prior(len(prefix), len(suffix), is_joint)
         for_length -= np.log2(prior[len(middle)] / prior.sum())
     out[f"{order}_saved"] = (alone + for_length - given) / len(holes)
     out[f"bayes_{order}_saved"] = (exact_alone + for_length - exact_given) / len(holes)

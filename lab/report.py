@@ -1,11 +1,17 @@
 """Figures with their errors, and the tables that evaluate.py prints.
 
-A figure is {"mean", "se", "n", "unit"}; a task's result is {name: figure}, and results are {checkpoint:
-{task: result}}. A result may hold more for figures.py to draw, such as a "grid"; the tables leave that out.
+A figure is {"mean", "se", "n", "unit"}; a task's result is {name: figure}, and results are {run: {task:
+result}}. A result may hold more for figures.py to draw, such as a "grid"; the tables leave that out.
 """
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
+
+from sample import load_checkpoint
+
+# Settings in which runs that are pooled may differ.
+MAY_DIFFER = {"seed", "out", "cache_dir", "device", "compile", "eval_every", "eval_tokens", "save_every"}
 
 
 def figure(values, weights=None, unit="%"):
@@ -18,10 +24,10 @@ def figure(values, weights=None, unit="%"):
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     n, total = len(values), weights.sum()
-    if not total:
-        return {"mean": None, "se": None, "n": n, "unit": unit}
-    mean = float(values.sum() / total)
-    se = float(np.sqrt(n / (n - 1) * ((values - mean * weights) ** 2).sum()) / total) if n > 1 else None
+    mean = float(values.sum() / total) if total else None
+    se = None
+    if total and n > 1:
+        se = float(np.sqrt(n / (n - 1) * ((values - mean * weights) ** 2).sum()) / total)
     return {"mean": mean, "se": se, "n": n, "unit": unit}
 
 
@@ -38,7 +44,7 @@ def only_figures(result):
 
 
 def table(results):
-    """Results -> a text: a row for each figure, a column for each checkpoint."""
+    """Results -> a text: a row for each figure, a column for each run."""
     def cell(f):
         if f is None or f["mean"] is None:
             return "-"
@@ -50,26 +56,43 @@ def table(results):
     for task in next(iter(results.values())):
         columns = [only_figures(tasks[task]) for tasks in results.values()]
         units = {name: f["unit"] for column in columns for name, f in column.items()}
-        for name, unit in units.items():
-            lines.append((task, name, unit, *(cell(column.get(name)) for column in columns)))
+        lines += [(task, name, unit, *(cell(column.get(name)) for column in columns))
+                  for name, unit in units.items()]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(part.ljust(width) if i < 3 else part.rjust(width)
                                for i, (part, width) in enumerate(zip(line, widths))) for line in lines)
 
 
-def pool(results, objectives):
-    """Results, and {checkpoint: its objective} -> results with a column for each objective, "meap (3)" for
-    three runs: each figure is the mean of its runs', with the standard error over the runs, such as seeds."""
+def pool(results, configs):
+    """Results, and {run: its config} -> results with a column for each objective, "meap (3)" for three runs:
+    each figure is the mean of its runs', with the standard error over the runs, such as seeds."""
     groups, pooled = defaultdict(list), {}
-    for name, tasks in results.items():
-        groups[objectives[name]].append(tasks)
+    for run, tasks in results.items():
+        groups[configs[run]["objective"]].append(tasks)
     for objective, runs in groups.items():
         column = pooled[f"{objective} ({len(runs)})"] = {}
         for task in runs[0]:
-            means, units = defaultdict(list), {}
-            for run in runs:
-                for name, f in only_figures(run[task]).items():
-                    units[name] = f["unit"]
-                    means[name] += [f["mean"]] if f["mean"] is not None else []
-            column[task] = {name: figure(means[name], unit=unit) for name, unit in units.items()}
+            found = [pair for run in runs for pair in only_figures(run[task]).items()]
+            column[task] = {name: figure([other["mean"] for its_name, other in found if its_name == name and
+                                          other["mean"] is not None], unit=f["unit"]) for name, f in found}
     return pooled
+
+
+def check_pool(configs):
+    """Raises ValueError where two of {run: its config} have one objective, but other settings than the seed
+    differ. Runs that were fine-tuned may start from runs that differ in the seed."""
+    def settings(config):
+        kept = {name: value for name, value in (config | config["knobs"]).items() if name not in MAY_DIFFER}
+        if config.get("init_from") and Path(config["init_from"], "ckpt.pt").is_file():
+            kept["init_from"] = settings(load_checkpoint(config["init_from"])["config"])
+        return kept
+
+    firsts = {}
+    for run, config in configs.items():
+        first = firsts.setdefault(config["objective"], run)
+        one, other = settings(configs[first]), settings(config)
+        differ = sorted(name for name in one | other if name != "knobs" and one.get(name) != other.get(name))
+        if differ:
+            values = [(configs[r] | configs[r]["knobs"]).get(differ[0]) for r in (first, run)]
+            raise ValueError(f"--pool: {first} and {run} differ in more than the seed: {', '.join(differ)} "
+                             f"({differ[0]} is {values[0]} and {values[1]})")

@@ -3,69 +3,73 @@
     python -m lab.serve                       the newest run under out/, at http://127.0.0.1:8012
     curl 127.0.0.1:8012/infill -d '{"input_prefix": "def mean(xs):\\n    return ", "input_suffix": "\\n"}'
 
+    GET  /                 a page on which to type a prefix and a suffix
     POST /infill           llama.cpp's protocol, which llama.vim and llama.vscode speak
     POST /v1/completions   OpenAI's: fills a hole if "suffix" is given, else continues the text; "stream", too
-    GET  /health           {"status":"ok"}
-    GET  /v1/models        the run's name
+    GET  /health, /v1/models
 
     connection -> Handler (a thread each): reads and checks a request -> Job
                -> Server.complete (one thread, with the model and a PromptCache): one job at a time
-               -> Result -> Handler -> JSON
+               -> infills and timings -> Handler -> JSON
 
-A newer job from the same client cancels the older one: an editor asks anew at each key. Whatever is sent, the
-answer is a completion, or a status from 400 on with one sentence: {"error":{"message":...}}.
+A newer job from the same client cancels all that differ from it: an editor asks anew at each key. Whatever
+JSON is sent, the answer is a completion, or a status from 400 on and a sentence: {"error":{"message":...}}.
 """
-import io
-import itertools
 import json
 import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
 
-from cli import Parser, checkpoint_fits, newest_run, one_line_errors, pick_device
-from objectives import check_range
-from sample import (CUT, NOT_STOPPED, Infill, PromptCache, best_first, collect, generate, infill_prompt,
-                    load_model, trained_orders, where_suffix_repeats)
+from data import newlines
+from sample import (NOT_STOPPED, REPEATS, Infill, Parser, PromptCache, best_first, collect, generate,
+                    infill_prompt, load_model, newest_run, one_line_errors, pick_device, where_suffix_repeats,
+                    within)
 
-WAIT = 10.0      # seconds in which a client must send its request, or accept a piece of the answer
 LARGEST = 2**23  # bytes of a request's body
+# A page that shows an infill at each key. (409: of a request that a newer one has overtaken.)
+PAGE = b"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>nanogap</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
+textarea, output { display: block; box-sizing: border-box; width: 100%; min-height: 3em;
+  font: 1rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
+output { background: #fff3d6; color: #1b1b1b; font-weight: bold; }
+</style>
+<label>Before the hole <textarea id="prefix" rows="8">def mean(xs):\n    return </textarea></label>
+<label>The model's infill <output id="infill"></output></label>
+<label>After the hole <textarea id="suffix" rows="8"> / len(xs)\n</textarea></label>
+<script>
+const [prefix, suffix, infill] = ["prefix", "suffix", "infill"].map(id => document.getElementById(id));
+(document.oninput = async () => {
+  const body = JSON.stringify({input_prefix: prefix.value, input_suffix: suffix.value});
+  const {content, error} = await (await fetch("/infill", {method: "POST", body})).json();
+  if (error?.code !== 409) infill.textContent = error ? error.message : content;
+})();
+</script>
+"""
 
 
 class Refused(ValueError):
-    """A request whose answer is this status code and sentence."""
-
-    def __init__(self, code, message):
-        super().__init__(message)
-        self.code = code
+    """Its args: the status code of an answer, and the sentence."""
 
 
 @dataclass
 class Job:
     """A hole to fill or, with suffix None, a text to continue."""
-    client: tuple               # address, User-Agent and OpenAI's "user"
+    client: tuple        # address, User-Agent and OpenAI's "user"
     prefix: str
     suffix: str
-    n: int                      # completions
+    n: int               # completions
     max_new_tokens: int
-    stop: list                  # texts: a completion ends before the first of them
-    sampling: dict              # generate's temperature, top_k, top_p and seed
-    is_cancelled: bool = False  # by a newer job of the same client
-
-
-@dataclass
-class Result:
-    infills: list          # sample.Infill, the best first
-    n_prompt: int = 0      # tokens of the prompt,
-    n_reused: int = 0      # and how many of them the PromptCache held already
-    n_new: int = 0         # tokens of the longest completion
-    prompt_s: float = 0.0  # seconds up to the first new token
-    new_s: float = 0.0     # seconds for the others
+    stop: list           # texts: a completion ends before the first of them
+    sampling: dict       # generate's temperature, top_k, top_p and seed
 
 
 class Server(ThreadingHTTPServer):
@@ -73,35 +77,37 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128  # connections not yet accepted; the default, 5, loses some of 50 at once
 
     def __init__(self, host, port, ckpt, device="auto"):
-        self.host, self.name = host, Path(ckpt).resolve().name
-        self.model, self.tok, checkpoint = load_model(ckpt, pick_device(device))
-        with checkpoint_fits(ckpt):
-            self.knobs = checkpoint["config"]["knobs"]
-            self.orders = trained_orders(self.knobs)
-        self.most_characters = self.model.config.block_size * max(map(len, self.tok.vocabulary))
+        self.host, self.name = host.lower(), Path(ckpt).resolve().name
+        self.model, self.tok, _ = load_model(ckpt, pick_device(device))
         self.cache = PromptCache(self.model.config)
         self.newest = {}                      # client -> its newest job
         self.worker = ThreadPoolExecutor(1)   # takes the jobs in the order of their arrival
-        self.numbers = itertools.count(1)
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: cannot listen there ({error})") from None
 
     def complete(self, job, is_gone, send=None):
-        """A job -> Result, in the worker. is_gone() tells whether the client has closed the connection; send
-        is called with each new piece of a single completion's text. Raises Refused if cancelled."""
+        """A job, in the worker -> a list of Infill, the best first; the prompt's number of tokens; timings as
+        llama.cpp names them. is_gone() tells whether the client has closed the connection; send is called
+        with each new piece of a single completion's text. Raises Refused if cancelled."""
         def check_wanted():
-            if job.is_cancelled or is_gone():
+            if self.newest.get(job.client, job) != job:
                 raise Refused(409, "cancelled: a newer request came from the same client")
+            if is_gone():
+                raise Refused(400, "cancelled: the client has closed the connection")
+
+        def cut(text):
+            text = text[:min((i for i in map(text.find, job.stop) if i >= 0), default=None)]
+            return text[:where_suffix_repeats(text, job.suffix or "")]
 
         check_wanted()
-        prompt = self.prompt(job)
+        prompt, eot = self.prompt(job), self.tok.eot
         cache = self.cache if job.n == 1 else None
         if cache:
             cache.cut_back_to(prompt)
         idx = torch.tensor([prompt], device=next(self.model.parameters()).device)  # (1, T)
-        eot, steps, ids, times, sent = self.tok.eot, [], [], [time.monotonic()], 0
+        steps, ids, times, sent = [], [], [time.monotonic()], 0
         unsure = max(map(len, job.stop), default=1) - 1  # last characters, which may begin a stop text
         for step in generate(self.model, idx, job.max_new_tokens, stop=eot, n=job.n, allowed=eot + 1,
                              cache=cache, **job.sampling):
@@ -110,44 +116,36 @@ class Server(ThreadingHTTPServer):
             check_wanted()
             if job.n == 1:
                 ids += step[0].tolist()
-                text = whole_characters(self.tok.decode(ids))
-                if before_stop(text, job.stop) != text:
+                text = self.tok.decode(ids, "ignore")
+                if cut(text) != text:
                     break
-                if where_suffix_repeats(text, job.suffix or "") is not None:
-                    break  # what follows would be cut
                 if send and len(text) - unsure > sent:
                     send(text[sent:len(text) - unsure])
                     sent = len(text) - unsure
         infills = best_first(collect(steps, self.tok), self.tok)
         for sample in infills:
-            text = whole_characters(sample.text)
-            sample.text = before_stop(text, job.stop)
-            if sample.ended == NOT_STOPPED:
-                sample.text = sample.text[:where_suffix_repeats(sample.text, job.suffix or "")]
-                sample.ended = NOT_STOPPED if sample.text == text else CUT
+            whole, sample.text = sample.text, cut(sample.text)
+            if sample.text != whole:
+                sample.ended = REPEATS
         if send and len(infills[0].text) > sent:
             send(infills[0].text[sent:])
-        return Result(infills, len(prompt), cache.reused if cache else 0, len(steps),
-                      times[1] - times[0], times[-1] - times[1])
+        n_computed = len(prompt) - (cache.reused if cache else 0)
+        timings = {}
+        for name, n, seconds in (("prompt", n_computed, times[1] - times[0]),
+                                 ("predicted", len(steps), times[-1] - times[1])):
+            timings |= {f"{name}_n": n, f"{name}_ms": 1000 * seconds,
+                        f"{name}_per_second": n / max(seconds, 1e-9)}
+        return infills, len(prompt), timings
 
     def prompt(self, job):
         """A job -> its prompt's ids, trimmed to leave room for max_new_tokens."""
-        prefix = job.prefix[-self.most_characters:]  # more cannot fit: no need to encode a million
-        if job.suffix is None:
-            ids = self.tok.encode(prefix) or [self.tok.eot]  # a document follows the <EOT> of another
-            return ids[-(self.model.config.block_size - job.max_new_tokens):]
-        return infill_prompt(self.model, self.tok, prefix, job.suffix[:self.most_characters],
-                             job.max_new_tokens, self.orders[-1], self.knobs["spm_layout"])
-
-
-def before_stop(text, stop):
-    """The text before the first stop text in it."""
-    return text[:min((i for i in map(text.find, stop) if i >= 0), default=None)]
-
-
-def whole_characters(text):
-    """A decoded text without its last character if a token that is not there yet holds the rest of it."""
-    return text.rstrip("\ufffd")
+        size = self.model.config.block_size
+        most = size * max(map(len, self.tok.vocabulary))  # characters that may fit: why encode a million?
+        if job.suffix is not None:
+            return infill_prompt(self.model, self.tok, job.prefix[-most:], job.suffix[:most],
+                                 job.max_new_tokens)
+        ids = self.tok.encode(job.prefix[-most:]) or [self.tok.eot]  # <EOT>: a document begins
+        return ids[-(size - job.max_new_tokens):]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -155,10 +153,12 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"   # connections stay open, and Expect: 100-continue is answered
     server_version = "nanogap"
     disable_nagle_algorithm = True  # else the body would wait until the client has confirmed the headers
+    timeout = 10.0                  # seconds in which a client must go on to send, or accept a piece
 
     def do_GET(self):
         model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "nanogap"}
-        self.respond({"/health": lambda: self.answer(200, {"status": "ok"}),
+        self.respond({"/": lambda: self.answer(200, PAGE, "text/html"),
+                      "/health": lambda: self.answer(200, {"status": "ok"}),
                       "/v1/models": lambda: self.answer(200, {"object": "list", "data": [model]})})
 
     def do_POST(self):
@@ -172,16 +172,24 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, f"{self.command} {short(path)}: expected {' or '.join(routes)}")
             routes[path]()
         except ValueError as error:
-            self.refuse(getattr(error, "code", 400), str(error))
+            content = error_content(error)
+            self.answer(content["error"]["code"], content)
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read(2**16):  # a client that still sends would be cut off before it reads this
+                pass
 
     def check_caller(self):
-        """Raises Refused if a web page sent the request. A browser names the page in Origin; and in Host the
-        name that it looked up, which may be a page's own that leads to this machine (DNS rebinding)."""
-        name, ours = self.headers.get("Host", "").partition(":")[0].lower(), self.server.host.lower()
-        if name not in ("localhost", "127.0.0.1", ours) and ours != "0.0.0.0":
+        """Raises Refused if a web page other than ours sent the request. A browser names the page in Origin;
+        and in Host the name that it looked up, which may be a page's own that leads to this machine (DNS
+        rebinding; an address is no such name)."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        name, is_open = host.partition(":")[0].lower(), self.server.host == "0.0.0.0"
+        is_ours = name in ("localhost", "127.0.0.1", self.server.host) or (
+            is_open and re.fullmatch("[0-9.]+", name))
+        if not is_ours and not is_open:
             raise Refused(403, f"Host {short(name)}: expected localhost, or what --host says")
-        if "Origin" in self.headers:
-            raise Refused(403, f"Origin {short(self.headers['Origin'])}: expected no web page to ask")
+        if origin and not (is_ours and origin == f"http://{host}"):
+            raise Refused(403, f"Origin {short(origin)}: expected no other web page to ask")
 
     def infill(self):
         """llama.cpp's. Its input_extra, text of other files, is left out: a small context has no room."""
@@ -191,19 +199,14 @@ class Handler(BaseHTTPRequestHandler):
         if get(body, "stream", bool, False):
             raise ValueError("stream true: expected false, or /v1/completions, which can")
         wanted = get(body, "response_fields", list, None)
-        result = self.run(job)
-        n_computed = result.n_prompt - result.n_reused
-        timings = {"prompt_n": n_computed, "prompt_ms": 1000 * result.prompt_s,
-                   "prompt_per_second": n_computed / max(result.prompt_s, 1e-9),
-                   "predicted_n": result.n_new, "predicted_ms": 1000 * result.new_s,
-                   "predicted_per_second": result.n_new / max(result.new_s, 1e-9)}
+        infills, n_prompt, timings = self.run(job)
         shared = {"model": self.server.name, "stop": True, "timings": timings,
-                  "tokens_cached": result.n_prompt + result.n_new,
+                  "tokens_cached": n_prompt + timings["predicted_n"],
                   "generation_settings": {"n_ctx": self.server.model.config.block_size}}
-        answers = [{"content": sample.text, "index": i} | shared for i, sample in enumerate(result.infills)]
+        answers = [{"content": sample.text, "index": i} | shared for i, sample in enumerate(infills)]
         if wanted is not None:  # llama.vim's, for example: content, timings/prompt_n
-            shared = {f"timings/{name}": value for name, value in timings.items()}
-            answers = [{name: value for name, value in (answer | shared).items() if name in wanted}
+            flat = {f"timings/{name}": value for name, value in timings.items()}
+            answers = [{name: value for name, value in (answer | flat).items() if name in wanted}
                        for answer in answers]
         self.answer(200, answers[0] if job.n == 1 else answers)
 
@@ -214,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
         if suffix is None:
             prefix, suffix = read_sentinels(prefix)
         job = self.job(body, prefix, suffix, "n", "max_tokens", 16)
-        head = {"id": f"cmpl-{next(self.server.numbers)}", "object": "text_completion",
+        head = {"id": f"cmpl-{time.time_ns()}", "object": "text_completion",
                 "created": int(time.time()), "model": self.server.name}
 
         def choice(text, ended=None, index=0):
@@ -225,49 +228,43 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: %s\n\n" % compact(content))
 
         if not get(body, "stream", bool, False):
-            result = self.run(job)
-            choices = [choice(sample.text, sample.ended, i) for i, sample in enumerate(result.infills)]
-            usage = {"prompt_tokens": result.n_prompt, "completion_tokens": result.n_new,
-                     "total_tokens": result.n_prompt + result.n_new}
-            return self.answer(200, head | {"choices": choices, "usage": usage})
+            infills, n_prompt, timings = self.run(job)
+            choices = [choice(sample.text, sample.ended, i) for i, sample in enumerate(infills)]
+            n_new = timings["predicted_n"]
+            return self.answer(200, head | {"choices": choices, "usage": {
+                "prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}})
         if job.n > 1:
             raise ValueError(f"n {job.n}: expected 1 with stream")
-        self.close_connection = True  # which tells where the stream ends
-        self.send_head(200, {"Content-Type": "text/event-stream"})
+        self.send_head(200, {"Content-Type": "text/event-stream", "Connection": "close"})  # at the end
         try:
-            result = self.run(job, lambda piece: send(head | {"choices": [choice(piece)]}))
-        except Refused as error:
-            return send(error_content(error.code, str(error)))
-        send(head | {"choices": [choice("", result.infills[0].ended)]})
+            infills, *_ = self.run(job, lambda piece: send(head | {"choices": [choice(piece)]}))
+        except ValueError as error:
+            return send(error_content(error))
+        send(head | {"choices": [choice("", infills[0].ended)]})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def job(self, body, prefix, suffix, n_name, max_name, max_default):
         """What both protocols share -> Job. Raises ValueError for bad values. A completion has at most a
         quarter of the context, so that the text has the rest."""
-        if suffix is not None and not self.server.orders:
-            raise ValueError(f"the objective of {self.server.name} never saw a gap: expected fim_psm, "
-                             "fim_spm, fim or fim_meap, or /v1/completions without suffix")
         client = (self.client_address[0], self.headers.get("User-Agent"), get(body, "user", str, ""))
         n, most = get(body, n_name, int, 1, 1, 16), self.server.model.config.block_size // 4
-        max_new_tokens = get(body, max_name, int, max_default, -1, 10**9)
-        max_new_tokens = most if max_new_tokens < 0 else min(max_new_tokens, most)
+        max_new_tokens = get(body, max_name, int, max_default)  # negative: as many as there can be
         stop = body.get("stop")
         stop = [stop] if isinstance(stop, str) else get(body, "stop", list, [])
-        if len(stop) > 64 or not all(isinstance(text, str) and text for text in stop):
+        if len(stop) > 64 or not all(isinstance(text, str) for text in stop):
             raise ValueError(f"stop {short(stop)}: expected up to 64 texts")
-        sampling = {"temperature": get(body, "temperature", (int, float), 0.0 if n == 1 else 0.8, 0, 100),
-                    "top_k": get(body, "top_k", int, 0, 0, 10**9),
-                    "top_p": get(body, "top_p", (int, float), 1.0, 1e-6, 1),
+        sampling = {"temperature": get(body, "temperature", float, 0.0 if n == 1 else 0.8, 0, 100),
+                    "top_k": max(0, get(body, "top_k", int, 0)),
+                    "top_p": max(1e-6, get(body, "top_p", float, 1.0, 0, 1)),
                     "seed": get(body, "seed", int, 1, -1, 2**63 - 1)}
-        return Job(client, prefix, suffix, n, max_new_tokens, stop, sampling)
+        return Job(client, prefix, suffix, n, most if max_new_tokens < 0 else min(max_new_tokens, most),
+                   [newlines(text) for text in stop if text], sampling)
 
     def run(self, job, send=None):
-        """A job -> its Result, from the worker."""
+        """A job -> what Server.complete returns, from the worker."""
         if job.max_new_tokens == 0:  # llama.vim, so that llama.cpp reads input_extra in advance
-            return Result([Infill("", NOT_STOPPED, 0.0)] * job.n)
+            return [Infill("", NOT_STOPPED, 0.0)] * job.n, 0, {"prompt_n": 0, "predicted_n": 0}
         newest = self.server.newest
-        if job.client in newest:
-            newest[job.client].is_cancelled = True
         newest[job.client] = job
         try:
             return self.server.worker.submit(self.server.complete, job, self.is_gone, send).result()
@@ -283,7 +280,7 @@ class Handler(BaseHTTPRequestHandler):
         except BlockingIOError:  # open, and nothing sent
             return False
         finally:
-            self.connection.settimeout(WAIT)
+            self.connection.settimeout(self.timeout)
 
     def read_json(self):
         """The body, a JSON object, as a dict. Raises Refused or ValueError."""
@@ -295,89 +292,56 @@ class Handler(BaseHTTPRequestHandler):
         try:
             body = json.loads(self.rfile.read(int(length)))
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {WAIT:g} s") from None
+            raise Refused(408, f"the body did not come within {self.timeout:g} s") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the body is not JSON ({error})") from None
         if not isinstance(body, dict):
             raise ValueError(f"the body is {short(body)}: expected a JSON object")
         return body
 
-    def answer(self, code, content):
-        body = compact(content)
-        self.send_head(code, {"Content-Type": "application/json", "Content-Length": len(body)})
+    def answer(self, code, content, kind="application/json"):
+        body = content if isinstance(content, bytes) else compact(content)
+        self.send_head(code, {"Content-Type": kind, "Content-Length": len(body)}
+                       | ({"Connection": "close"} if code >= 400 else {}))
         self.wfile.write(body)
 
     def send_head(self, code, headers):
-        self.connection.settimeout(WAIT)
         self.send_response(code)
-        for name, value in (headers | {"Connection": "close"} if self.close_connection else headers).items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
 
-    def refuse(self, code, message):
-        """Answers with an error and closes the connection."""
-        self.close_connection = True
-        self.answer(code, error_content(code, message))
-        self.connection.shutdown(socket.SHUT_WR)
-        while self.rfile.read(2**16):  # a client that still sends would be cut off before it reads the answer
-            pass
-
-    def send_error(self, code, message=None, explain=None):
-        """Called by http.server, for what is not HTTP and for other methods than GET and POST."""
-        code = {501: 405, 505: 400}.get(code, code)
-        self.refuse(code, message or self.responses[code][0])
-
-    def setup(self):
-        super().setup()
-        self.rfile.close()
-        self.rfile = io.BufferedReader(Incoming(self))
-
-    def handle_one_request(self):
-        self.deadline = time.monotonic() + WAIT
-        try:
-            super().handle_one_request()
-        except OSError:  # the client has gone
-            self.close_connection = True
+    def handle(self):
+        with suppress(OSError):  # the client has gone
+            super().handle()
 
     def log_message(self, *_):
         """Prints nothing, in place of a line a request."""
 
 
-class Incoming(io.RawIOBase):
-    """The bytes that a client sends. Raises TimeoutError after the handler's deadline, however slowly the
-    bytes come: http.server's own timeout begins anew with every byte."""
-
-    def __init__(self, handler):
-        self.handler = handler
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        left = self.handler.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.handler.connection.settimeout(left)
-        return self.handler.connection.recv_into(buffer)
-
-
 def get(body, name, kind, default, low=None, high=None):
-    """A field of the body; the default where it is missing or null. Raises ValueError for a wrong one."""
+    """A field of the body; the default where it is missing or null. As elsewhere, 40.0 is a whole number, and
+    a list of one text is this text. A text's line ends become \\n. Raises ValueError for a wrong one."""
     value = body.get(name)
     if value is None:
         return default
-    if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if kind is str and isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if type(value) not in ((int, float) if kind is float else (kind,)):
         expected = {str: "a text", int: "a whole number", bool: "true or false", list: "a list"}
         raise ValueError(f"{name} {short(value)}: expected {expected.get(kind, 'a number')}")
-    if low is not None:
-        check_range(name, value, low, high)
-    return value
+    if low is not None and not low <= value <= high:  # NaN, too
+        raise ValueError(f"{name} {short(value)}: expected {low} to {high}")
+    return newlines(value) if kind is str else value
 
 
 def read_sentinels(prompt):
     """"<PRE> prefix <SUF>suffix <MID>", as editors write it for Code Llama, or the same without its three
     spaces -> prefix, suffix. Any other prompt -> prompt, None."""
-    for pre, suf, mid in (("<PRE> ", " <SUF>", " <MID>"), ("<PRE>", "<SUF>", "<MID>")):
+    for space in (" ", ""):
+        pre, suf, mid = f"<PRE>{space}", f"{space}<SUF>", f"{space}<MID>"
         if prompt.startswith(pre) and prompt.endswith(mid):
             prefix, is_there, suffix = prompt[len(pre):-len(mid)].partition(suf)
             if is_there:
@@ -390,7 +354,8 @@ def compact(content):
     return json.dumps(content, separators=(",", ":")).encode()
 
 
-def error_content(code, message):
+def error_content(error):
+    code, message = error.args if isinstance(error, Refused) else (400, str(error))
     return {"error": {"code": code, "message": message, "type": "invalid_request_error"}}
 
 
@@ -405,10 +370,10 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", metavar="DIR", help="a run's folder (default: the newest under out/)")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen; 0.0.0.0: on every network")
-    parser.add_argument("--port", type=int, default=8012, help="default 8012, where llama.vim asks")
+    parser.add_argument("--port", type=within(0, 65535), default=8012,
+                        help="default: 8012, where llama.vim asks")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     args = parser.parse_args(arguments)
-    check_range("--port", args.port, 0, 65535)
     ckpt = args.ckpt or newest_run()
     with Server(args.host, args.port, ckpt, args.device) as server:
         print(f"{ckpt} at http://{args.host}:{server.server_port}: POST /infill or /v1/completions; "

@@ -1,81 +1,93 @@
-"""README's recipe for an objective of one's own, followed to the letter; what README names is there."""
+"""README's recipe for an objective of one's own, followed to the letter; what the texts name is there."""
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_objectives import check_contract, random_window
+
+from sample import read_arguments
+from train import settings_parser
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
-TINY = ("--tokenizer bytes --n-layer 1 --n-head 2 --n-embd 16 --block-size 32 --batch-size 2 "
+README, USAGE = ((ROOT / name).read_text("utf-8") for name in ("README.md", "docs/usage.md"))
+BLOCK = r"(?s)```\w*\n.*?```"
+RECIPE = re.search(r"(?m)```python\n([^`]*^def (\w+)\(ids, tok, rng[^`]*)```", README)
+NAME = RECIPE[2] if RECIPE else "no recipe"
+TINY = ("--tokenizer bytes --n-layer 1 --n-head 2 --n-embd 16 --block-size 32 --batch-size 2 --steps 3 "
         "--eval-tokens 256 --device cpu --data text.txt --cache-dir cache --out run").split()
+
+
+def commands():
+    """The commands in blocks of sh and in `code`, each as its words."""
+    for text in (README, USAGE):
+        lines = "".join(re.findall(r"(?s)```sh\n(.*?)```", text)).replace("\\\n", " ").splitlines()
+        lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", re.sub(BLOCK, "", text))]
+        parts = (part for line in lines for part in line.split(" && "))
+        yield from (shlex.split(part, comments=True) for part in parts if re.match("(python|torchrun) ", part))
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    """A copy of the repository's code, with the function and the line of README's recipe in objectives.py."""
+    """A copy of the code, with the recipe's function and its line in OBJECTIVES."""
     folder = tmp_path_factory.mktemp("student")
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
     shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "tests").mkdir()
-    for name in ("conftest.py", "test_objectives.py"):
-        shutil.copy(ROOT / "tests" / name, folder / "tests")
     (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(200)), "utf-8")
-
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    functions = [block for block in blocks if "def meap_run" in block]
-    entries = re.findall(r'^ *"meap_run": meap_run,$', README, re.MULTILINE)
-    if not functions or not entries:
-        pytest.fail('README.md has no ```python block with "def meap_run", or no line "meap_run": meap_run,')
-    text = (folder / "objectives.py").read_text("utf-8")
-    start = "OBJECTIVES = {\n"
-    assert text.count(start) == 1
-    text = text.replace(start, f"{functions[0]}\n\n{start}    {entries[0].strip()}\n")
-    (folder / "objectives.py").write_text(text, "utf-8")
+    assert RECIPE, "README.md has no ```python block with a function of (ids, tok, rng"
+    assert f'"{NAME}": {NAME},' in README, "README.md has no line for OBJECTIVES"
+    before, start, after = (folder / "objectives.py").read_text("utf-8").partition("OBJECTIVES = {\n")
+    after = f'{start}    "{NAME}": {NAME},\n{after}'
+    (folder / "objectives.py").write_text(f"{before}{RECIPE[1]}\n\n{after}", "utf-8")
     return folder
 
 
-def run(folder, *command):
-    result = subprocess.run([sys.executable, "-X", "utf8", *command], cwd=folder, capture_output=True)
-    output = (result.stdout + result.stderr).decode("utf-8", "replace")
-    assert result.returncode == 0, output
-    return output
+def test_the_recipes_objective_keeps_the_contract_and_does_something(student, corpora):
+    spec = spec_from_file_location("objectives_of_a_student", student / "objectives.py")
+    spec.loader.exec_module(module := module_from_spec(spec))
+    objective, rng, changed = module.OBJECTIVES[NAME], np.random.default_rng(0), 0
+    for seed in range(100):
+        tok, window = random_window(list(corpora.values())[seed % 4], rng)
+        check_contract(objective, window, tok, seed)
+        changed += not np.array_equal(objective(window, tok, rng)[0], window[:-1])
+    assert changed > 50 and module.knobs_of(objective)
 
 
-def test_the_recipes_objective_is_drawn(student):
-    sections = run(student, "objectives.py").split("\n\n")
-    drawn, = (section for section in sections if section.strip().startswith("meap_run run_ratio=0.15"))
-    assert "<MASK>" in drawn
+def test_the_recipes_objective_is_drawn_and_trained_with_its_own_flag(student):
+    trained = next(words[1:] for words in commands() if NAME in words)  # as README says
+    for arguments in (["objectives.py"], [*trained, *TINY]):
+        run = subprocess.run([sys.executable, "-X", "utf8", *arguments], cwd=student, capture_output=True)
+        assert run.returncode == 0 and NAME in run.stdout.decode(), run.stderr.decode()
+    assert (student / "run" / "ckpt.pt").is_file()
 
 
-def test_the_recipes_objective_is_trained_with_its_own_flag(student):
-    output = run(student, "train.py", "--objective", "meap_run", "--run-ratio", "0.3", "--steps", "5", *TINY)
-    assert "meap_run, run_ratio 0.3" in output and (student / "run" / "ckpt.pt").is_file()
-
-
-def test_the_recipes_objective_keeps_what_every_objective_keeps(student):
-    """The tests that run over whatever stands in OBJECTIVES: text, shapes, purity, the drawing."""
-    tests = "tests/test_objectives.py"
-    output = run(student, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "meap_run", tests)
-    assert " passed" in output
+@pytest.mark.parametrize("words", [words for words in commands() if NAME not in words], ids=shlex.join)
+def test_each_command_parses(words):
+    """Of the lab and the tests: the script exists. DIR is a checkout of something else."""
+    if words[1] == "-m":
+        words[2] = words[2].replace(".", "/") + ".py"
+    script, *arguments = words[[word.endswith(".py") for word in words].index(True):]
+    assert (ROOT / script).is_file() or script == "pytest.py" or script.startswith("DIR/")
+    if script == "train.py" and "--help" not in arguments:
+        objective = dict(pairwise(arguments)).get("--objective", "ntp")
+        settings_parser(objective).parse_args(arguments)
+    elif script == "sample.py":
+        read_arguments(arguments)
 
 
 def test_what_readme_names_exists():
-    """The map's lines, which begin with names of files; the scripts in commands; the targets of links."""
-    words = []
-    for line in README.splitlines():
-        for word in re.split(r"[\s`|]+", line.strip(" `|-*")):
-            if not re.fullmatch(r"[\w./-]+(\.py|\.md|/)", word):
-                break
-            words.append(word)
-    scripts = re.findall(r"\bpython ([\w/]+\.py)", README)
-    scripts += [module.replace(".", "/") + ".py" for module in re.findall(r"\bpython -m (lab\.\w+)", README)]
-    links = [link for link in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in link]
-    assert {"model.py", "data.py", "objectives.py", "train.py", "sample.py"} <= set(words), "the map"
-    folders = [ROOT, *(ROOT / name for name in ("lab", "tests", "docs"))]  # a line may leave its folder out
-    missing = [name for name in words if not any((folder / name).exists() for folder in folders)]
-    missing += [name for name in scripts + links if not (ROOT / name).exists()]
-    assert not missing, f"README.md names what does not exist: {', '.join(sorted(set(missing)))}"
+    """Names of files and folders in the text, or first in a line, and links; not what a command alone names."""
+    text = re.sub(r"`([^`]+)`", lambda code: "" if " " in code[1] else code[0], re.sub(BLOCK, "", README))
+    names = re.findall(r"(?<![\w/.:-])[\w/-]+\.(?:py|md|png|txt)\b|(?<=`)(?!out|cache)[\w/]+/(?=`)", text)
+    names += re.findall(r"(?m)^([\w/]+(?:\.py|\.md|/))\s", README)
+    names += [link for link in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in link]
+    folders = ROOT, ROOT / "lab", ROOT / "tests", ROOT / "docs"  # a line may leave its folder out
+    assert {"model.py", "data.py", "objectives.py", "train.py", "sample.py"} <= {*names}, "the map"
+    assert not [name for name in names if not any((folder / name).exists() for folder in folders)]

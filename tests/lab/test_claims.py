@@ -14,10 +14,9 @@ from data import Tokenizer, prepare
 from lab import claims, probes, rerun
 from lab.claims import ARMS, CLAIMS
 from lab.corpora import LETTERS, LONGEST, MARKOV, documents, errors
-from lab.document_fim import fim_documents
 from lab.rerun import Arm, Check, Claim, Results, judge
 from model import GPTConfig
-from objectives import fim, fim_psm, knobs_of
+from objectives import fim
 
 TOK = Tokenizer.bytes()
 
@@ -72,25 +71,13 @@ def test_bayes_rule_itself_scores_as_the_exact_answer(order):
     assert out[f"{order}_saved"] > 1
 
 
-def test_document_level_examples_keep_the_whole_suffix():
-    """The same holes, with three letters more of each suffix; and fim_documents cuts none off."""
-    for short, whole in zip(probes.markov_holes(20), probes.markov_holes(20, 0)):
-        assert short[:2] == whole[:2] and whole[2].startswith(short[2]) and len(whole[2]) == len(short[2]) + 3
-    text = documents("markov", 1, seed=5)[0]
-    stream = fim_documents(np.array([*TOK.encode(text), TOK.eot]), TOK, 1, "fim_psm",
-                           knobs_of(fim_psm) | {"fim_rate": 1.0})
-    assert len(stream) == len(text) + 4
-
-
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_the_prior_of_a_middles_length_is_how_fim_draws_it(order):
     """Of 10,000 documents: how many middles of each length there are, and how many the prior expects."""
     rng, counted, expected = np.random.default_rng(1), Counter(), np.zeros(33)
     for text in documents("markov", 10_000, seed=5):
-        ids = np.array([*TOK.encode(text), TOK.eot])
+        ids = np.array([*TOK.encode(text), *[TOK.eot] * 4])  # room for the sentinels
         row = fim(ids, TOK, rng, fim_rate=1, spm_rate=float(order == "spm"))[0].tolist()
-        if row[0] != TOK.pre:  # a document that is nearly all middle stays plain
-            continue
         suf, mid = row.index(TOK.suf), row.index(TOK.mid)
         n_suffix = mid - suf - 1
         # In joint SPM, <PRE> <SUF> suffix <MID> prefix middle, let the prefix be one letter.

@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import socket
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ import torch.nn.functional as F
 
 from conftest import save_run, small_model
 from lab import attention, evaluate, sandbox, tasks
-from lab.report import figure, pool, table
+from lab.figures import main as draw_figures
+from lab.pairs import load_pairs
+from lab.report import check_pool, figure, pool, table
 from model import GPT, GPTConfig
-from objectives import fim_example, fim_prompt
+from objectives import OBJECTIVES, fim_example, fim_prompt, knobs_of
 from sample import infill_prompt
 
 LN2 = math.log(2)
@@ -41,7 +45,7 @@ class Oracle(torch.nn.Module):
     def forward(self, idx, targets=None, cache=None):
         seen = idx
         if cache:
-            seen = cache.layers[0].store("idx", idx[..., None])[..., 0]
+            seen = cache.store("idx", idx[..., None])[..., 0]
             cache.length = seen.shape[1]
         logits = torch.zeros(*idx.shape, self.config.vocab_size)
         for b, row in enumerate(seen.tolist() if self.known else ()):
@@ -54,6 +58,13 @@ class Oracle(torch.nn.Module):
 
 def means(figures):
     return {name: f["mean"] for name, f in figures.items() if "mean" in f}
+
+
+def asked(tok, order=None, **settings):
+    """What main gives a task: a model that infills in this order, in the joint layout."""
+    layouts = {order: partial(fim_prompt, tok=tok, order=order, spm_layout="joint")} if order else {}
+    return SimpleNamespace(**{"layouts": layouts, "seed": 1, "n": 1, "temperature": 0.0, "run_tests": False,
+                              "reference": None, "folder": "none"} | settings)
 
 
 def test_a_figure_worked_by_hand():
@@ -70,11 +81,39 @@ def test_pooled_runs_give_the_mean_and_the_error_over_seeds():
         return {"bpb": {"x": {"mean": mean, "se": 9, "n": 7, "unit": "bits/byte"}, "grid": [1]}}
 
     pooled = pool({"a": run(1.0), "b": run(2.0), "c": run(6.0), "d": run(None)},
-                  {"a": "ntp", "b": "ntp", "c": "ntp", "d": "fim"})
+                  {name: {"objective": "fim" if name == "d" else "ntp"} for name in "abcd"})
     assert list(pooled) == ["ntp (3)", "fim (1)"] and list(pooled["ntp (3)"]["bpb"]) == ["x"]
     assert pooled["ntp (3)"]["bpb"]["x"] == pytest.approx(
         {"mean": 3, "se": math.sqrt(7 / 3), "n": 3, "unit": "bits/byte"})
     assert table(pooled).splitlines()[1].split() == ["bpb", "x", "bits/byte", "3.000", "±", "1.528", "-"]
+
+
+@pytest.mark.parametrize("name, value, is_pooled", [
+    ("seed", 2, True), ("out", "out/b", True), ("objective", "meap", True), ("steps", 1500, False),
+    ("fim_rate", 0.9, False), ("init_from", "ntp-2", True), ("init_from", "meap", False)])
+def test_only_runs_that_differ_in_the_seed_are_pooled(name, value, is_pooled, model, tok, tmp_path):
+    for base, objective, seed in (("ntp-1", "ntp", 1), ("ntp-2", "ntp", 2), ("meap", "meap", 1)):
+        save_run(tmp_path / base, model, tok, objective, seed=seed)
+    one = {"objective": "fim", "seed": 1, "out": "out/a", "steps": 750, "init_from": str(tmp_path / "ntp-1"),
+           "knobs": {"fim_rate": 0.5}}
+    value = str(tmp_path / value) if name == "init_from" else value
+    other = one | ({"knobs": {name: value}} if name in one["knobs"] else {name: value})
+    if is_pooled:
+        check_pool({"a": one, "b": other})
+    else:
+        with pytest.raises(ValueError, match=f"a and b differ in more than the seed: {name}"):
+            check_pool({"a": one, "b": other})
+
+
+@pytest.mark.parametrize("objective, knobs, orders", [
+    ("ntp", {}, []), ("fim_psm", {}, ["psm"]), ("fim_spm", {}, ["spm"]), ("fim", {}, ["psm", "spm"]),
+    ("fim", {"spm_rate": 1.0}, ["spm"]), ("fim", {"spm_rate": 0.0}, ["psm"]), ("fim", {"fim_rate": 0.0}, [])])
+def test_a_model_is_asked_in_the_layouts_of_its_training(objective, knobs, orders, tok):
+    knobs = knobs_of(OBJECTIVES[objective]) | knobs
+    layouts = evaluate.layouts(objective, knobs, tok)
+    assert list(layouts) == orders
+    for order, layout in layouts.items():
+        assert layout([1, 2], [3]) == fim_prompt([1, 2], [3], tok, order, knobs.get("spm_layout"))
 
 
 def test_score_gives_each_token_what_the_model_gives_it_alone(model, tok, stream):
@@ -119,17 +158,17 @@ def test_bits_per_byte_are_those_of_a_plain_loop_and_of_a_blind_guess(model, tok
             log_p = F.log_softmax(model(ids[None, :-1])[0][0], dim=-1)
         nats -= sum(log_p[i, token].item() for i, token in enumerate(ids[1:]) if token != tok.eot)
         size += len(tok.decode_bytes(ids[1:].tolist()))
-    measured = evaluate.bpb(model, tok, stream, 40)["left to right"]["mean"]
+    measured = evaluate.bpb(model, tok, asked(tok, stream=stream, limit=10))["left to right"]["mean"]
     assert measured == pytest.approx(nats / LN2 / size, rel=1e-4)
-    windows = [stream[start + 1:start + 513] for start in np.linspace(0, len(stream) - 513, 10).astype(int)]
+    windows = [stream[start + 1:start + 513] for start in np.linspace(0, len(stream) - 513, 8).astype(int)]
     bits = sum((w != tok.eot).sum() for w in windows) * math.log2(tok.n_vocab)
-    blind = evaluate.bpb(Oracle(tok), tok, stream, 10)["left to right"]["mean"]
+    blind = evaluate.bpb(Oracle(tok), tok, asked(tok, stream=stream, limit=2))["left to right"]["mean"]
     assert blind == pytest.approx(bits / sum(len(tok.decode_bytes(w.tolist())) for w in windows))
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_middle_bits_per_byte_are_the_cost_of_the_middle_in_the_training_layout(model, tok, stream, order):
-    figures = means(evaluate.middle_bpb(model, tok, stream, [order], "joint", limit=6, seed=2))
+    figures = means(evaluate.middle_bpb(model, tok, asked(tok, order, stream=stream, limit=6, seed=2)))
     cuts = tasks.random_span_holes(stream, tok, 6, 2, 60)
     assert len(cuts) == 6
 
@@ -165,7 +204,7 @@ def test_holes_are_single_lines_and_two_uniform_characters(tok, stream):
 def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, stream):
     holes = tasks.single_line_holes(stream, tok, 6, 1) + tasks.random_span_holes(stream, tok, 6, 1, 120)
     oracle = Oracle(tok, [(fim_prompt(p, s, tok, "spm", "joint"), [*m, tok.eot]) for p, m, s in holes])
-    figures = means(evaluate.stopping(oracle, tok, stream, limit=6))
+    figures = means(evaluate.stopping(oracle, tok, asked(tok, "spm", stream=stream, limit=6)))
     for kind in ("line", "span"):
         assert figures.pop(f"{kind}: P(<EOT>) elsewhere in the middle") < 1e-9
         for control in ("another hole's suffix", "the suffix a line later"):  # holes that it does not know
@@ -173,7 +212,7 @@ def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, 
         for where in ("at the true end", "elsewhere in the middle", "of another hole at the true end"):
             assert figures.pop(f"{kind}: P(the suffix's first 2 tokens) {where}") < 0.01  # it only infills
     assert len(figures) == 14 and all(value == pytest.approx(1) for value in figures.values())
-    figures = means(evaluate.stopping(Oracle(tok), tok, stream, limit=6, n=2))
+    figures = means(evaluate.stopping(Oracle(tok), tok, asked(tok, "spm", stream=stream, limit=6), n=2))
     for name in ("true end", "true end before another hole's suffix"):
         assert figures[f"span: P(<EOT>) at the {name}"] == pytest.approx(1 / tok.n_vocab)
     assert figures["line: P(<EOT>) elsewhere in the middle"] == pytest.approx(1 / tok.n_vocab)
@@ -245,25 +284,30 @@ def test_choice_takes_the_likeliest_per_token_and_shares_ties(tok, stream):
     assert len(questions) == 8 and all(len(set(choices)) == 4 for _, choices, _ in questions)
     oracle = Oracle(tok, [(tok.encode(context), tok.encode(choices[label]))
                           for context, choices, label in questions])
-    assert evaluate.choice(oracle, tok, questions)["docstring of a function"]["mean"] == 1
-    assert evaluate.choice(Oracle(tok), tok, questions)["docstring of a function"]["mean"] == 0.25
+    for model, share in ((oracle, 1), (Oracle(tok), 0.25)):
+        figures = evaluate.choice(model, tok, asked(tok, stream=stream, limit=8))
+        assert figures["docstring of a function"]["mean"] == share
     scores = [evaluate.Score(np.array(log_p), None, None)
               for log_p in ([-1.0, -1.0, -1.0], [-1.5], [-0.5, -3.0])]
     assert [evaluate.choose(scores, label) for label in range(3)] == [1, 0, 0]
 
 
-def test_an_oracle_needs_no_bits_for_an_answer_and_a_blind_model_the_vocabulary(tok, stream):
-    ids = stream[:400].tolist()
-    pairs = [(ids[i:i + 5], ids[i + 5:i + 5 + n]) for i, n in zip(range(0, 360, 40), range(3, 12))]
-    too_long = ([1], [2] * 600)
-    knows = Oracle(tok, [([*prompt, tok.mid], [*answer, tok.eot]) for prompt, answer in pairs])
-    assert means(evaluate.answers(knows, tok, [too_long, *pairs], True)) == pytest.approx(
+def test_an_oracle_needs_no_bits_for_an_answer_and_a_blind_model_the_vocabulary(tok, tmp_path):
+    pairs = [{"prompt": f"{i} and", "answer": f"the answer {i * i}"} for i in range(200)]
+    too_long = [{"prompt": str(i) * 9000, "answer": "y"} for i in range(60)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs + too_long)))
+    a = asked(tok, pairs=str(tmp_path / "pairs.jsonl"), limit=200, is_fine_tuned=True)
+    knows = Oracle(tok, [([*tok.encode(p["prompt"]), tok.mid], [*tok.encode(p["answer"]), tok.eot])
+                         for p in pairs])
+    assert means(evaluate.answers(knows, tok, a)) == pytest.approx(
         {"answer": 0, "likeliest token": 1, "exact match": 1}, abs=1e-6)
-    assert evaluate.answers(knows, tok, pairs, False)["exact match"]["mean"] == 0  # without <MID>
-    blind = means(evaluate.answers(Oracle(tok), tok, pairs, True))
-    tokens = [token for _, answer in pairs for token in answer]
+    a.is_fine_tuned = False  # then the question has no <MID>, which this oracle waits for
+    assert evaluate.answers(knows, tok, a)["exact match"]["mean"] == 0
+    held_out = [answer for _, answer in load_pairs(a.pairs)[1] if answer != "y"]
+    tokens = [token for answer in held_out for token in tok.encode(answer)]
     bits = len(tokens) * math.log2(tok.n_vocab)
-    assert blind["answer"] == pytest.approx(bits / len(tok.decode_bytes(tokens)))
+    blind = means(evaluate.answers(Oracle(tok), tok, a))
+    assert held_out and blind["answer"] == pytest.approx(bits / len("".join(held_out)))
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass():
@@ -279,9 +323,9 @@ def problems():
 
 
 def test_unmodified_functions_pass_and_empty_ones_do_not(problems):
-    assert len(problems) >= 16
+    assert len(problems) >= 12
     assert {p.task_id.split("/")[0] for p in problems} == {
-        "SingleLineInfilling", "MultiLineInfilling", "RandomSpanInfilling", "RandomSpanInfillingLight"}
+        "SingleLineInfilling", "MultiLineInfilling", "RandomSpanInfilling"}
     for p in problems:
         assert 0 < p.end - p.start <= 160
         assert p.passes(p.text[p.start:p.end]), p.task_id
@@ -290,30 +334,32 @@ def test_unmodified_functions_pass_and_empty_ones_do_not(problems):
 
 def prompt_of(p, tok):
     around = p.text[max(0, p.start - 8192):p.start], p.text[p.end:p.end + 8192]
-    return infill_prompt(Oracle(tok), tok, *around, 128, "spm", "joint")
+    return infill_prompt(Oracle(tok), tok, *around, 128, asked(tok, "spm").layouts["spm"])
 
 
 def test_an_oracle_fills_every_hole_and_a_blind_model_none(tok, problems):
     answers = [(prompt_of(p, tok), [*tok.encode(p.text[p.start:p.end]), tok.eot]) for p in problems]
-    samples = []
-    figures = means(evaluate.infill(Oracle(tok, answers), tok, problems, run_tests=True, samples=samples))
-    assert len(figures) == 16 and all(value == 1 for value in figures.values())
-    assert [s["completion"] for s in samples] == [p.text[p.start:p.end] for p in problems]
-    figures = means(evaluate.infill(Oracle(tok), tok, problems, n=2, temperature=0.8))
-    assert all(value == 0 for name, value in figures.items() if "exact" in name)
+    result = evaluate.infill(Oracle(tok, answers), tok, asked(tok, "spm", problems=problems, run_tests=True))
+    assert [line["completion"] for line in result.pop("files")["samples-{}-spm"]] == [
+        p.text[p.start:p.end] for p in problems]
+    assert len(result) == 12 and all(value == 1 for value in means(result).values())
+    a = asked(tok, "spm", problems=problems, n=2, temperature=0.8)
+    blind = means(evaluate.infill(Oracle(tok), tok, a))
+    assert all(value == 0 for name, value in blind.items() if "exact" in name)
 
 
 def test_completions_are_plain_samples_also_where_they_repeat_the_suffix(tok, problems):
     p = max(problems, key=lambda p: p.start)
     runs_on = tok.encode(p.text[p.start:p.end + 2000])[:128]
-    samples = []
-    evaluate.infill(Oracle(tok, [(prompt_of(p, tok), runs_on)]), tok, [p], samples=samples)
-    assert samples[0]["completion"] == tok.decode(runs_on)
+    oracle = Oracle(tok, [(prompt_of(p, tok), runs_on)])
+    result = evaluate.infill(oracle, tok, asked(tok, "spm", problems=[p]))
+    assert result["files"]["samples-{}-spm"] == [{"task_id": p.task_id, "completion": tok.decode(runs_on)}]
 
 
 def test_nothing_runs_unless_asked(tok, problems, monkeypatch):
     monkeypatch.setattr(sandbox, "run", None)
-    assert "SingleLine spm exact match" in evaluate.infill(Oracle(tok), tok, problems[:1])
+    a = asked(tok, "spm", problems=problems[:1])
+    assert "SingleLine spm exact match" in evaluate.infill(Oracle(tok), tok, a)
 
 
 PROBLEM = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "prompt": "def f(x):\n",
@@ -342,10 +388,10 @@ def test_lost_in_the_middle_is_prompted_and_judged_as_by_its_authors(answer, is_
               "Question: Who?\nAnswer:")
     assert documents[0] == (prompt, ["The Smith."], 2, 2)
     oracle = Oracle(tok, [(tok.encode(prompt), [*tok.encode(answer), tok.eot])])
-    samples = []
-    assert means(evaluate.multidoc(oracle, tok, documents, samples)) == {
+    result = evaluate.multidoc(oracle, tok, asked(tok, documents=documents))
+    assert means(result) == {
         "fits the context": 0.5, "right": is_right, "2 documents, answer at 2": is_right}
-    assert samples == [{"answers": ["The Smith."], "model_answer": answer}]
+    assert result["files"] == {"answers-{}": [{"answers": ["The Smith."], "model_answer": answer}]}
 
 
 DOCUMENT = {"question": "q", "answers": ["a"], "ctxs": [{"text": "t"}]}
@@ -353,23 +399,29 @@ DOCUMENT = {"question": "q", "answers": ["a"], "ctxs": [{"text": "t"}]}
 
 @pytest.mark.parametrize("arguments, good, bad, message", [
     ("--problems F", PROBLEM, '{"task_id": ', "line 2 is not JSON"),
-    ("--problems F", PROBLEM, "[1]", 'line 2 has no field "task_id"'),
-    ("--problems F", PROBLEM, {"test": 3}, 'line 2 has no field "test" of type str'),
-    ("--documents F", DOCUMENT, {"answers": []}, 'line 2: expected "answers"'),
-    ("--documents F", DOCUMENT, {"ctxs": [{}]}, 'line 2: expected each of "ctxs"'),
-    ("--documents F.gz", DOCUMENT, None, "cannot be read after line"),
+    ("--problems F", PROBLEM, "[1]", "line 2: expected task_id"),
+    ("--problems F", PROBLEM, {"test": 3}, "line 2: expected task_id"),
+    ("--documents F", DOCUMENT, {"answers": []}, "line 2: expected a question"),
+    ("--documents F", DOCUMENT, {"ctxs": [{}]}, "line 2: expected a question"),
+    ("--documents F.gz", DOCUMENT, None, "F.gz: expected UTF-8 text, got"),
     ("--tasks multidoc", None, None, "expected --documents F"),
-    ("--tasks bpc", None, None, "expected one of all, bpb"), ("--limit 0", None, None, "--limit 0"),
-    ("--n 0", None, None, "--n 0"), ("--seed -1", None, None, "--seed -1"),
-    ("--temperature nan", None, None, "--temperature nan"),
-    ("--ckpt none", None, None, "no such checkpoint")])
-def test_a_mistake_gets_one_line(arguments, good, bad, message, tmp_path, capsys, monkeypatch):
+    ("--tasks bpc", None, None, "invalid choice: 'bpc'"), ("--limit 0", None, None, "--limit: 0"),
+    ("--n 0", None, None, "--n: 0"), ("--seed -1", None, None, "--seed: -1"),
+    ("--temperature nan", None, None, "--temperature: nan"),
+    ("--ckpt run none", None, None, "none: no such checkpoint"),
+    ("--ckpt run longer --pool", None, None, "run and longer differ in more than the seed: steps")])
+def test_a_mistake_gets_one_line_before_any_work(arguments, good, bad, message, model, tok, tmp_path, capsys,
+                                                 monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "prepare", None)
+    for name, steps in (("run", 1), ("longer", 2)):
+        save_run(tmp_path / name, model, tok, steps=steps)
     bad = bad if isinstance(bad, str) else json.dumps((good or {}) | (bad or {}))
     (tmp_path / "F").write_text(f"{json.dumps(good)}\n{bad}\n")
     (tmp_path / "F.gz").write_bytes(gzip.compress(f"{json.dumps(good)}\n".encode() * 2000)[:60])
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*(["--tasks", "bpb"] if "tasks" not in arguments else []), *arguments.split()])
+        evaluate.main([*([] if "tasks" in arguments else ["--tasks", "bpb"]),
+                       *([] if "ckpt" in arguments else ["--ckpt", "run"]), *arguments.split()])
     printed = capsys.readouterr().err
     assert stopped.value.code in (1, 2) and printed.count("\n") == 1 and message in printed
 
@@ -396,49 +448,99 @@ def test_decay_and_variance_are_the_papers_formulas():
     assert variance == np.var([2, 4]) and variance + rise == np.var([2, 9])
 
 
-def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(model, tok, stream):
-    even = GPT(model.config).eval()
+def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(tok, stream):
+    even = small_model(tok.n_vocab, block_size=128)
     for block in even.transformer.h:
         torch.nn.init.zeros_(block.attn.c_attn.weight)
     segments = ("a b c ", "d", "e f", "g h i j k l")
-    figures = means(evaluate.attention(even, tok, stream, limit=4, segments=segments))
-    lengths = [len(tok.encode(text)) for text in segments]
-    for name, length in zip(attention.SEGMENTS, lengths):
-        assert figures[f"share of {name}"] == pytest.approx(length / sum(lengths), rel=1e-4)
+    lengths = np.array([len(tok.encode(text)) for text in segments])
+    shares = attention.shares(even, tok, segments).mean(0)
+    np.testing.assert_allclose(shares, lengths / sum(lengths), rtol=1e-4)
+    figures = means(evaluate.attention(even, tok, asked(tok, stream=stream, limit=16)))
     assert figures["decay at masked positions, within the model"] == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match="context holds 64"):
-        attention.shares(even, tok, ("", "d " * 80, "", "g"))
+    with pytest.raises(ValueError, match="context holds 128"):
+        attention.shares(even, tok, ("", "d " * 160, "", "g"))
 
 
-def test_a_run_writes_a_table_results_samples_and_figures(tok, documents, tmp_path, capsys, no_float64):
+@pytest.fixture
+def runs(tok, documents, tmp_path):
+    """A folder with the runs ntp and fim, and files for the tasks that read some."""
     (tmp_path / "text.py").write_text("\n".join(documents[:3]))
     small = GPT(GPTConfig(tok.n_vocab, block_size=128, n_layer=1, n_head=1, n_embd=16))
     for name in ("ntp", "fim"):
         save_run(tmp_path / name, small, tok, name, data=str(tmp_path / "text.py"))
-    ckpt, fim, out, cache, png = (str(tmp_path / name) for name in ("ntp", "fim", "out", "cache", "png"))
-    (tmp_path / "fim/metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "epoch": 0.5, "answer_bpb": 2.0}\n')
+        (tmp_path / name / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 7.5}\n{"step": 2, "loss": 6, "epoch": 0.5, "answer_bpb": 2.0}\n')
+    (tmp_path / "ntp/metrics.jsonl").write_text('{"step": 1, "loss": 7.5, "held_out_bpb": 2.5}\n')
     pairs = [{"prompt": f"{i}:", "answer": f"{i} {i}"} for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     (tmp_path / "problems.jsonl").write_text(f"{json.dumps(PROBLEM)}\n" * 3)
     (tmp_path / "documents.jsonl").write_text(json.dumps(DOCUMENT))
+    return tmp_path
+
+
+def run_tasks(folder, names, *arguments):
+    evaluate.main(["--ckpt", *(str(folder / name) for name in names), "--limit", "2", "--device", "cpu",
+                   "--out", str(folder / "out"), "--cache-dir", str(folder / "cache"), *arguments])
+
+
+def test_a_run_writes_a_table_results_samples_and_figures(tok, runs, capsys, no_float64):
     can_draw = importlib.util.find_spec("matplotlib")
-    evaluate.main(["--ckpt", ckpt, fim, "--limit", "2", "--out", out, "--cache-dir", cache, "--device", "cpu",
-                   *(f"--{name}={tmp_path / name}.jsonl" for name in ("pairs", "problems", "documents")),
-                   *(["--figures", png] if can_draw else [])])
+    run_tasks(runs, ("ntp", "fim"),
+              *(f"--{name}={runs / name}.jsonl" for name in ("pairs", "problems", "documents")),
+              *(["--figures", str(runs / "png")] if can_draw else []))
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert lines[0].split() == ["task", "ntp", "fim"] and len({len(line) for line in lines}) == 1
     assert {line.split()[0] for line in lines[1:]} == set(evaluate.TASKS)
     assert "expects a sample of each of the 3 problems" in printed.err
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    results = json.loads((runs / "out/results.json").read_text())["results"]
     assert results["ntp"]["bpb"] == results["fim"]["bpb"] and results["ntp"]["infill"] == {}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert {path.name for path in (runs / "out").iterdir()} == {
         "results.json", "samples-fim-psm.jsonl", "samples-fim-spm.jsonl"}
-    samples = [json.loads(line) for line in (tmp_path / "out/samples-fim-psm.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (runs / "out/samples-fim-psm.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and all(sample.keys() == {"task_id", "completion"} for sample in samples)
-    assert results["fim"]["answers"]["curve"] == [[0.5, 2.0]] and "curve" not in results["ntp"]["answers"]
-    assert not can_draw or {path.name for path in (tmp_path / "png").iterdir()} == {
+    assert results["fim"]["answers"]["curve"] == [[0.5, 2.0]] and results["ntp"]["answers"]["curve"] == []
+    assert not can_draw or {path.name for path in (runs / "png").iterdir()} == {
         "needle.png", "records.png", "answers.png", "attention.png"}
+
+
+def test_results_of_other_runs_and_tasks_are_kept(tok, runs, capsys):
+    run_tasks(runs, ["ntp"], "--tasks", "bpb", "records")
+    (runs / "elsewhere").mkdir()
+    (runs / "ntp").rename(runs / "elsewhere/ntp")  # another run of the same name
+    run_tasks(runs, ["fim", "elsewhere/ntp"], "--tasks", "bpb")
+    run_tasks(runs, ["fim"], "--tasks", "choice", "--seed", "2")
+    saved = json.loads((runs / "out/results.json").read_text())
+    assert {name: set(tasks) for name, tasks in saved["results"].items()} == {
+        "ntp": {"bpb", "records"}, "fim": {"bpb", "choice"}, "ntp'": {"bpb"}}
+    assert [saved["settings"]["fim"][task]["seed"] for task in ("bpb", "choice")] == [1, 2]
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["task", "fim"]  # the table is of this call
+
+
+def test_help_has_a_sentence_on_each_task(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    told = capsys.readouterr().out.partition("tasks:\n")[2]
+    starts = [line.split()[0] for line in told.splitlines() if line[:3].strip()]
+    assert starts == list(evaluate.TASKS) and all(f"  {name}" in told for name in starts)
+
+
+def test_figures_of_tasks_that_have_none_say_so_and_leave_no_folder(runs, capsys):
+    pytest.importorskip("matplotlib")
+    run_tasks(runs, ["ntp"], "--tasks", "bpb", "--figures", str(runs / "png"))
+    assert "no figure" in capsys.readouterr().err and not (runs / "png").exists()
+
+
+def test_one_text_and_how_runs_learned_are_drawn(runs):
+    image = pytest.importorskip("matplotlib.image")
+    draw_figures(["rows", str(runs / "rows.png")])
+    pixels = np.round(image.imread(runs / "rows.png")[..., :3] * 255).astype(int)
+    shares = {colour: (pixels == [int(colour[i:i + 2], 16) for i in (1, 3, 5)]).all(-1).mean()
+              for colour in ("#c6dbef", "#a1d99b", "#fdd0a2", "#756bb1", "#252525")}
+    assert pixels.shape[1] == 1800 and min(shares.values()) > 0.005
+    draw_figures(["curves", str(runs / "curves.png"), str(runs / "ntp"), str(runs / "fim")])
+    assert (runs / "curves.png").stat().st_size > 10_000
 
 
 SERVER = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)"

@@ -6,18 +6,19 @@ import math
 import random
 import re
 import struct
+from functools import partial
 
 import pytest
 import torch
 
 import train
-from cli import load_checkpoint
-from conftest import small_model
-from data import SPECIALS, Tokenizer
+from conftest import save_run, small_model
+from data import Tokenizer
 from lab import gpt2
 from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, save_tokenizer, write_safetensors
 from model import GPT, GPTConfig
-from sample import infill, infill_prompt
+from objectives import fim_prompt
+from sample import encode_raw, infill, load_model
 
 V, T, C, L, H = 257, 32, 48, 3, 4
 
@@ -68,8 +69,8 @@ def reference(w, idx):
     return norm(x, "ln_f") @ w["wte.weight"].T
 
 
-def write(weights, folder, form):
-    (folder / "config.json").write_text(json.dumps({"n_head": H}))
+def write(weights, folder, form="bin", **config):
+    (folder / "config.json").write_text(json.dumps({"n_head": H} | config))
     if form == "safetensors":
         write_safetensors(folder / "model.safetensors", weights)
         return folder / "model.safetensors"
@@ -106,7 +107,7 @@ def test_published_weights_give_the_reference_logits(form, published, tmp_path):
 
 
 def test_missing_special_tokens_get_the_mean_embedding(published, tmp_path):
-    wte = load_gpt2(write(published, tmp_path, "bin"))["model"]["transformer.wte.weight"]
+    wte = load_gpt2(write(published, tmp_path))["model"]["transformer.wte.weight"]
     assert len(wte) == Tokenizer.bytes().n_vocab == V + 4
     torch.testing.assert_close(wte[V:], published["wte.weight"].mean(0).expand(4, -1))
     assert torch.equal(wte[:V], published["wte.weight"])
@@ -118,16 +119,50 @@ def test_training_goes_on_from_published_weights(published, tmp_path, documents)
     flags = (f"--init-from {path} --objective fim_spm --data {tmp_path}/text.py --cache-dir {tmp_path}/cache "
              f"--steps 2 --warmup 1 --batch-size 2 --device cpu --block-size 24 --out {tmp_path}/run")
     train.main(flags.split())
-    saved = load_checkpoint(tmp_path / "run")
-    assert saved["model_config"]["block_size"] == 24 and saved["model_config"]["position"] == "learned"
-    moved = saved["model"]["transformer.h.0.mlp.c_fc.weight"] - published["h.0.mlp.c_fc.weight"].T
+    model, _, _ = load_model(tmp_path / "run")
+    assert model.config.block_size == 24 and model.config.position == "learned"
+    moved = model.state_dict()["transformer.h.0.mlp.c_fc.weight"] - published["h.0.mlp.c_fc.weight"].T
     assert 0 < moved.abs().max() < 0.1
+
+
+def test_an_untied_head_and_exact_gelu_are_obeyed(published, tmp_path):
+    head = torch.randn(V, C)
+    start = load_gpt2(write(published | {"lm_head.weight": head}, tmp_path, tie_word_embeddings=False,
+                            activation_function="gelu"))
+    assert not start["model_config"]["tied"] and start["model_config"]["gelu"] == "exact"
+    model = build(start)
+    assert torch.equal(model.lm_head.weight[:V], head)
+    assert torch.equal(model.transformer.wte.weight[:V], published["wte.weight"])
+
+
+@pytest.mark.parametrize("key, value, expected", [
+    ("n_head", "2", "1 or 2 or 3 or 4"), ("n_head", 5, "1 or 2"), ("n_head", None, "1"), ("n_head", 2.0, "1"),
+    ("n_layer", 2, "3"), ("n_embd", 64, "48"), ("n_positions", 64, "32"), ("n_inner", 100, "null or 192"),
+    ("activation_function", "relu", '"gelu_new" or "gelu"'), ("layer_norm_epsilon", 1e-6, "1e-05"),
+    ("tie_word_embeddings", False, "true"), ("scale_attn_weights", False, "true"), ("eos_token_id", 0, "256"),
+    ("scale_attn_by_inverse_layer_idx", True, "false"), ("add_cross_attention", True, "false"),
+    ("model_type", "t5", '"gpt2"')])
+def test_a_config_that_differs_from_gpt2_is_refused_by_name(key, value, expected, published, tmp_path):
+    path = write(published, tmp_path, **{key: value})
+    message = re.escape(f"config.json: {key} is {json.dumps(value)}, expected {expected}")
+    with pytest.raises(OSError, match=message):
+        load_gpt2(path)
+
+
+@pytest.mark.parametrize("config", ["[]", "3", "null", "{", "[" * 10**5])
+def test_a_config_that_is_no_object_is_one_line(config, published, tmp_path, capsys):
+    path = write(published, tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit):
+        train.main(["--init-from", str(path)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "config.json: not a JSON object of settings" in error
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "not a whole state dict"),
-    ("pytorch_model.bin", b"hello", "not a whole checkpoint"), ("pytorch_model.bin", None, "no such file"),
-    ("", None, "expected ckpt.pt, model.safetensors or pytorch_model.bin in it"),
+    ("pytorch_model.bin", b"hello", "not a whole state dict"), ("pytorch_model.bin", None, "no such file"),
+    ("", None, "expected a run, or a model.safetensors or pytorch_model.bin of GPT-2"),
     ("pytorch_model.bin", {"wte.weight": torch.zeros(300, C), "wpe.weight": torch.zeros(T, C),
                            "h.0.x": torch.zeros(1)}, "300 tokens, GPT-2's 257")])
 def test_other_files_are_refused_in_one_sentence(name, content, message, tmp_path):
@@ -140,14 +175,14 @@ def test_other_files_are_refused_in_one_sentence(name, content, message, tmp_pat
 
 
 def test_weights_go_out_as_they_came_in(published, tmp_path):
-    start = load_gpt2(write(published, tmp_path, "bin"))
-    save_gpt2(build(start), Tokenizer.bytes(), tmp_path / "out")
+    save_gpt2(build(load_gpt2(write(published, tmp_path))), Tokenizer.bytes(), tmp_path / "out")
     again = read_safetensors(tmp_path / "out/model.safetensors")
     published = {name: w for name, w in published.items() if ".attn.bias" not in name}
     assert {name.removeprefix("transformer."): w.shape for name, w in again.items() if "wte" not in name} == {
         name: w.shape for name, w in published.items() if "wte" not in name}
     assert all(torch.equal(again[f"transformer.{name}"][:len(w)], w) for name, w in published.items())
-    assert json.loads((tmp_path / "out/config.json").read_text())["n_head"] == H
+    once, twice = (build(load_gpt2(folder)).state_dict() for folder in (tmp_path, tmp_path / "out"))
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 def test_a_tokenizer_json_worked_by_hand(tmp_path):
@@ -170,7 +205,7 @@ needs_transformers = pytest.mark.skipif(not importlib.util.find_spec("transforme
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_gives_the_same_logits(tied, published, tmp_path):
     import transformers
-    start = load_gpt2(write(published, tmp_path, "bin"))
+    start = load_gpt2(write(published, tmp_path))
     start["model_config"]["tied"] = tied
     if not tied:
         start["model"]["lm_head.weight"] = torch.randn_like(start["model"]["lm_head.weight"])
@@ -202,14 +237,11 @@ def test_transformers_gives_the_same_ids_and_text(kind, tok, tmp_path):
     save_tokenizer(ours, tmp_path, 64)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    names = {f"<{name.upper()}>": getattr(ours, name) for name in SPECIALS}
     for text in random_strings(10_000):
         ids = ours.encode(text)
         assert theirs(text, split_special_tokens=True).input_ids == ids, text
         assert theirs.decode(ids) == text
-        parts = re.split(f"({'|'.join(names)})", text)
-        with_names = [i for part in parts for i in ([names[part]] if part in names else ours.encode(part))]
-        assert theirs(text).input_ids == with_names, text
+        assert theirs(text).input_ids == encode_raw(text, ours), text
 
 
 @needs_transformers
@@ -219,18 +251,18 @@ def test_a_pipeline_fills_a_hole_as_we_do(tok, tmp_path):
                         gelu="tanh")
     save_gpt2(model, tok, tmp_path)
     pipeline = transformers.pipeline("text-generation", str(tmp_path), device="cpu")
-    ours, = infill(model, tok, "def mean(", "):\n", max_new_tokens=12, order="psm")
+    psm = partial(fim_prompt, tok=tok, order="psm", spm_layout=None)
+    ours, = infill(model, tok, "def mean(", "):\n", prompt=psm, max_new_tokens=12)
     theirs = pipeline("<PRE>def mean(<SUF>):\n<MID>", max_new_tokens=12, do_sample=False,
                       return_full_text=False)
-    prompt = infill_prompt(model, tok, "def mean(", "):\n", 12, "psm", "joint")
+    prompt = encode_raw("<PRE>def mean(<SUF>):\n<MID>", tok)
     assert model(torch.tensor([prompt]))[0][0, -1].argmax() == tok.pre  # which neither may write
     assert len(set(ours.text)) > 3 and theirs[0]["generated_text"] == ours.text
 
 
-def test_what_gpt2_does_not_cover_is_refused(tmp_path, monkeypatch, capsys):
-    model = GPT(GPTConfig(60, n_layer=1, n_embd=32))
-    monkeypatch.setattr(gpt2, "load_model", lambda path: (model, Tokenizer.bytes(), None))
+def test_what_gpt2_does_not_cover_is_refused(tok, tmp_path, capsys):
+    run = save_run(tmp_path / "run", small_model(tok.n_vocab), tok)
     with pytest.raises(SystemExit) as stop:
-        gpt2.main(["run", str(tmp_path / "out")])
+        gpt2.main([str(run), str(tmp_path / "out")])
     assert stop.value.code == 2 and "GPT-2 has position learned, this model rope" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

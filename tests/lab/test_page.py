@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 import zlib
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,19 +15,14 @@ import pytest
 import torch
 
 import objectives
-import sample
-from cli import one_line_errors
 from conftest import save_run, small_model
 from data import Tokenizer
-from lab import attention
+from lab import attention, page
 from lab.page import OTHER_SUFFIX, draw_infill, draw_objectives, objective_rows
-from objectives import IGNORE, OBJECTIVES, ON_PAIRS, fim_example, fim_prompt, knobs_of
+from objectives import IGNORE, OBJECTIVES, TEXT, fim_example, fim_prompt, rows_of_every_objective
 from sample import infill
 
-TEXT = "def area(width, height):\n    size = width * height\n    return max(size, width, height)\n"
-UNIQUE = "abcdefghijklmnopqrstuvwxyz(ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # a character tells its place
-SHOWN = {"fim_rate": 1.0, "min_answer": 5}
-NO_FOLDER = "--html nowhere/page.html: could not be written (No such file or directory)"
+UNIQUE = "abcdefghijklmnopqrstuvwxyz:\nABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"  # a character tells its place
 PREFIX, SUFFIX = "def mean(xs):\n    total = sum(xs)\n    return total / ", "\n\nprint(mean([1, 2, 3]))\n"
 
 
@@ -72,25 +68,20 @@ class Page(HTMLParser):
 def rows(request, tok):
     """(text, tokenizer, {name: (its tokens on the page, inputs, targets of a plain run)}) for a seed."""
     text, tok = (TEXT, tok) if request.param % 2 else (UNIQUE, Tokenizer.bytes())
-    prompt, answer = text.split("(", 1)
-    on_page = {row["name"]: row["tokens"] for row in objective_rows(text, tok, SHOWN, request.param)}
-    rows = {}
-    for name, objective in OBJECTIVES.items():
-        ids = [*tok.encode(prompt), tok.mid, *tok.encode(answer)] if name in ON_PAIRS else tok.encode(text)
-        knobs = {knob: SHOWN[knob] for knob in knobs_of(objective) if knob in SHOWN}
-        rng = np.random.default_rng(request.param)
-        rows[name] = (on_page[name], *objective(np.array([*ids, tok.eot]), tok, rng, **knobs))
-    return text, tok, rows
+    on_page = {row["name"]: row["tokens"] for row in objective_rows(text, tok, seed=request.param)}
+    return text, tok, {name: (on_page[name], inputs, targets) for name, _, inputs, targets in
+                       rows_of_every_objective(text, tok, seed=request.param)}
 
 
 def test_the_page_has_each_objectives_inputs_targets_and_what_the_loss_counts(rows):
     _, tok, rows = rows
-    names = {tok.pre: "<PRE>", tok.suf: "<SUF>", tok.mid: "<MID>", tok.eot: "<EOT>", tok.mask: "<MASK>"}
+    assert rows.keys() == OBJECTIVES.keys()
     for tokens, inputs, targets in rows.values():
         assert [token["id"] for token in tokens] == inputs.tolist()
-        assert [token["text"] for token in tokens] == [names.get(i, tok.decode([i])) for i in inputs.tolist()]
+        assert [token["text"] for token in tokens] == [
+            tok.names.get(i, tok.decode([i])) for i in inputs.tolist()]
         assert [token["target"] for token in tokens] == [
-            None if i == IGNORE else [names.get(i, tok.decode([i])), i] for i in targets.tolist()]
+            None if i == IGNORE else [tok.names.get(i, tok.decode([i])), i] for i in targets.tolist()]
 
 
 def test_each_token_knows_its_place_in_the_text_and_a_mask_what_it_hides(rows):
@@ -104,12 +95,6 @@ def test_each_token_knows_its_place_in_the_text_and_a_mask_what_it_hides(rows):
     places = [(token["start"], token["end"]) for token in rows["ntp"][0]]
     assert [0, *(end for _, end in places)] == [*(start for start, _ in places), len(text)]
     assert [(token["start"], token["end"]) for token in rows["meap"][0]] == places
-
-
-def test_tokens_of_short_documents_know_their_places_too():
-    for row in objective_rows(UNIQUE, Tokenizer.bytes(), SHOWN | {"short_documents": 16}, seed=1):
-        assert all(UNIQUE[token["start"]:token["end"]] == token["text"] for token in row["tokens"]
-                   if token["part"] not in ("sentinel", "mask"))
 
 
 def test_the_parts_are_those_of_the_fim_example_and_follow_each_other_in_the_text(rows):
@@ -129,10 +114,9 @@ def test_the_parts_are_those_of_the_fim_example_and_follow_each_other_in_the_tex
 
 def test_prompts_and_answers_are_parts_of_their_own(rows):
     text, _, rows = rows
-    prompt, answer = text.split("(", 1)
-    for part, expected in (("prompt", prompt), ("answer", answer)):
-        pieces = [token["text"] for token in rows["sft"][0] if token["part"] == part]
-        assert "".join(pieces) == expected
+    prompt, end, answer = text.partition(":\n")
+    for part, expected in (("prompt", prompt + end), ("answer", answer)):
+        assert "".join(token["text"] for token in rows["sft"][0] if token["part"] == part) == expected
 
 
 def test_an_objective_of_ones_own_may_put_in_tokens_and_masks_without_a_target(tok, monkeypatch):
@@ -141,26 +125,27 @@ def test_an_objective_of_ones_own_may_put_in_tokens_and_masks_without_a_target(t
 
     monkeypatch.setitem(OBJECTIVES, "noise", noise)
     start = [(token["text"], token["part"], token["start"], token["hides"], token["target"])
-             for token in objective_rows(TEXT, tok, SHOWN, seed=1)[-1]["tokens"][:3]]
+             for token in objective_rows(TEXT, tok)[-1]["tokens"][:3]]
     first = tok.decode(tok.encode(TEXT)[:1])
     assert start == [("<MASK>", "mask", 0, first, None), ("A", "text", 0, None, None),
                      ("<MASK>", "mask", 0, None, None)]
 
 
-def test_the_script_writes_what_it_draws(tmp_path, capsys):
-    objectives.main([])
+def test_the_command_writes_what_objectives_py_draws(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.reconfigure", lambda **_: None, raising=False)
+    objectives.main()
     sections = capsys.readouterr().out.strip().split("\n\n")
-    objectives.main(["--html", str(tmp_path / "page.html")])
-    page = Page(tmp_path / "page.html")
-    assert page.n_scripts == 2 and [row["name"] for row in page.data["rows"]] == list(OBJECTIVES)
-    for section, row in zip(sections, page.data["rows"]):
+    page.main(["objectives", str(tmp_path / "page.html")])
+    drawn = Page(tmp_path / "page.html")
+    assert drawn.n_scripts == 2 and [row["name"] for row in drawn.data["rows"]] == list(OBJECTIVES)
+    for section, row in zip(sections, drawn.data["rows"]):
         heading, loss, *lines = section.splitlines()
         assert heading == f"{row['name']} {row['knobs']}"
         n_counted = sum(token["target"] is not None for token in row["tokens"])
         assert loss == f"loss on {n_counted} targets of {len(row['tokens'])}"
         inputs = [text for line in lines if line.startswith("input") for text in line.split()[1:]]
         assert inputs == [token["text"].replace(" ", "·").replace("\n", "⏎") for token in row["tokens"]]
-    assert {token["part"] for row in page.data["rows"] for token in row["tokens"]} == {
+    assert {token["part"] for row in drawn.data["rows"] for token in row["tokens"]} == {
         "text", "prefix", "middle", "suffix", "prompt", "answer", "sentinel", "mask"}
 
 
@@ -171,12 +156,17 @@ def model(tok):
     return small_model(tok.n_vocab, block_size=128, n_head=4)
 
 
+def layout(tok, order, spm_layout):
+    return partial(fim_prompt, tok=tok, order=order, spm_layout=spm_layout)
+
+
 @pytest.fixture
 def drawn(tmp_path, model, tok):
     """Draws the page of an infill -> its data."""
-    def call(prefix, suffix, model=model, tok=tok, **settings):
-        settings = {"max_new_tokens": 12, "order": "spm", "spm_layout": "joint"} | settings
-        draw_infill(tmp_path / "page.html", model, tok, prefix, suffix, stream=None, warn=None, **settings)
+    def call(prefix, suffix, model=model, tok=tok, prompt=None, **settings):
+        prompt = layout(tok, "spm", "joint") if prompt is None else prompt
+        draw_infill(tmp_path / "page.html", model, tok, prefix, suffix, **{"max_new_tokens": 12} | settings,
+                    prompt=prompt)
         return Page(tmp_path / "page.html").data
     return call
 
@@ -189,8 +179,9 @@ def text_of(data, part, row=0):
     "swapped", "labelled", "joint"))])
 def test_an_infill_with_its_probabilities_and_attention_before_its_own_and_another_suffix(
         order, spm_layout, drawn, model, tok):
-    data = drawn(PREFIX, SUFFIX, order=order, spm_layout=spm_layout, temperature=0.0)
-    filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12, order=order, spm_layout=spm_layout)
+    prompt = layout(tok, order, spm_layout)
+    data = drawn(PREFIX, SUFFIX, prompt=prompt, temperature=0.0)
+    filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12, prompt=prompt)
     assert tok.decode(data["ids"]) == filled.text
     assert [text_of(data, part) for part in ("prefix", "suffix")] == [PREFIX, SUFFIX]
 
@@ -198,7 +189,7 @@ def test_an_infill_with_its_probabilities_and_attention_before_its_own_and_anoth
     other = (tok.encode(OTHER_SUFFIX) * 9)[:len(suffix)]
     assert text_of(data, "suffix", row=1) == tok.decode(other) and text_of(data, "prefix", row=1) == PREFIX
     for row, after in zip(data["rows"], (suffix, other)):
-        ids = fim_prompt(prefix, after, tok, order, spm_layout)
+        ids = prompt(prefix, after)
         for n, token in enumerate(data["ids"]):  # one token more at each turn: nothing later can be seen
             idx = torch.tensor([ids])
             with torch.no_grad():
@@ -214,7 +205,8 @@ def test_an_infill_with_its_probabilities_and_attention_before_its_own_and_anoth
 
 def test_the_infill_is_drawn_as_sample_draws_it(drawn, model, tok):
     sampling = {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "seed": 4}
-    filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12, spm_layout="joint", **sampling)
+    filled, = infill(model, tok, PREFIX, SUFFIX, prompt=layout(tok, "spm", "joint"), max_new_tokens=12,
+                     **sampling)
     assert tok.decode(drawn(PREFIX, SUFFIX, **sampling)["ids"]) == filled.text
 
 
@@ -340,7 +332,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def shown_objectives(browser, tok, tmp_path):
-    draw_objectives(tmp_path / "page.html", TEXT, tok, SHOWN, seed=1)
+    draw_objectives(tmp_path / "page.html", TEXT, tok)
     return browser.open(tmp_path / "page.html")["rows"]
 
 
@@ -449,45 +441,37 @@ def run(tmp_path_factory, model, tok):
     return save_run(tmp_path_factory.mktemp("run"), model, tok, "fim")
 
 
-def test_sample_writes_the_page(run, tmp_path, capsys):
+@pytest.mark.parametrize("order", ["psm", "spm", None])
+def test_the_command_draws_an_infill_as_the_model_was_trained_or_as_told(order, run, model, tok, tmp_path, capsys):
     path = tmp_path / "page.html"
-    flags = ["--ckpt", str(run), "--max-new-tokens", "9", "--device", "cpu", "--html", str(path)]
-    sample.main([*flags, "--prefix", PREFIX, "--suffix", SUFFIX])
+    flags = ["--ckpt", str(run), "--max-new-tokens", "9", "--device", "cpu", "--prefix", PREFIX.replace("\n", "\\n")]
+    page.main(["infill", str(path), *flags, "--suffix", SUFFIX, *(["--order", order] if order else [])])
+    filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=9, prompt=layout(tok, order or "spm", "joint"))
     data = Page(path).data
-    assert text_of(data, "prefix") == PREFIX and 0 < len(data["ids"]) <= 9
+    assert text_of(data, "prefix") == PREFIX and tok.decode(data["ids"]) == filled.text
     assert capsys.readouterr().out.startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--prompt", "a"], "--html: expected one infill"),
-    (["--instruct", "a"], "--html: expected one infill"),
-    (["--prefix", "a", "--n", "2"], "--html: expected one infill"),
-    (["--prefix", "a", "--interactive"], "--html: expected one infill"),
-    (["--prefix", "a", "--html", "nowhere/page.html"], NO_FOLDER),
-    (["--prefix", "a", "--html", "."], "--html .: could not be written (Is a directory)"),
-    (["--prefix", "a" * 300, "--max-new-tokens", "125"], "--max-new-tokens 125: the model's context is 128")])
-def test_bad_input_to_sample_is_one_line_and_writes_nothing(flags, message, run, tmp_path, refusal):
-    common = ["--html", "page.html", "--ckpt", str(run), "--device", "cpu"]
-    assert message in refusal(sample.main, *common, *flags)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--html", "nowhere/page.html"], NO_FOLDER), (["--html"], "expected one argument"),
-    (["page.html"], "unrecognized arguments: page.html")])
-def test_bad_input_to_objectives_is_one_line(flags, message, refusal):
-    assert message in refusal(one_line_errors(objectives.main), *flags)
-
-
-@pytest.fixture
-def refusal(tmp_path, capsys, monkeypatch):
-    """Runs a main in an empty folder -> the one line with which it exits."""
-    def call(main, *flags):
-        with pytest.raises(SystemExit) as stop:
-            main(list(flags))
-        shown = capsys.readouterr()
-        assert stop.value.code in (1, 2) and shown.err.count("\n") == 1 and shown.out == ""
-        return shown.err
-
+    ("infill page.html --n 2", "--n 2: expected one infill"), ("infill", "FILE.html"), ("", "objectives|infill"),
+    ("infill nowhere/page.html", "nowhere/page.html: could not be written (No such file or directory)"),
+    ("infill .", ".: could not be written (Is a directory)"),
+    ("infill page.html --max-new-tokens 125", "--max-new-tokens 125: the model's context is 128"),
+    ("objectives nowhere/page.html", "nowhere/page.html: could not be written"),
+    ("objectives page.html --prefix a", "unrecognized arguments: --prefix a")])
+def test_a_mistake_is_one_line_and_writes_nothing(flags, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return call
+    with pytest.raises(SystemExit) as stop:
+        page.main(flags.split() + ["--ckpt", str(run), "--device", "cpu"] * flags.startswith("infill "))
+    shown = capsys.readouterr()
+    assert stop.value.code in (1, 2) and shown.err.count("\n") == 1 and shown.out == ""
+    assert message in shown.err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("objective, order, message", [
+    ("ntp", [], "not trained to infill"), ("fim_psm", ["--order", "spm"], "--order spm: expected")])
+def test_a_model_that_cannot_is_refused(objective, order, message, model, tok, tmp_path, capsys):
+    run = save_run(tmp_path / objective, model, tok, objective)
+    with pytest.raises(SystemExit):
+        page.main(["infill", str(tmp_path / "page.html"), "--ckpt", str(run), "--device", "cpu", *order])
+    assert message in capsys.readouterr().err and not (tmp_path / "page.html").exists()

@@ -62,18 +62,17 @@ def test_the_header_says_what_is_copied_cut_and_left_out(tok):
     long, short, too_long = ([1] * 30, [2] * 55), ([1], [2]), ([1], [2] * 63)
     assert PairBatches([long, short, short, too_long], meap_sft, tok, 128, 1, 1).describe() == (
         "3 pairs to train on in 2 rows, 33% with a masked copy, 33% with a cut prompt; "
-        "1 left out, whose answers do not fit half a row")
-    assert "in 1 rows, 0% with a masked copy" in PairBatches([long, short], sft, tok, 128, 1, 1).describe()
+        "1 do not fit half a row")
 
 
-def test_rows_are_pure_their_masks_are_drawn_afresh_and_ranks_share_them(id_pairs, tok):
-    def batches(B, **ranks):
-        return PairBatches(id_pairs, partial(meap_sft, mask_ratio=0.5), tok, 256, B, seed=1, **ranks)
+def test_rows_are_pure_and_their_masks_are_drawn_afresh(id_pairs, tok):
+    def batches(B):
+        return PairBatches(id_pairs, partial(meap_sft, mask_ratio=0.5), tok, 256, B, seed=1)
 
     one, again = batches(4), batches(4)
     again.batch(7)
     np.testing.assert_equal(one.batch(60), again.batch(60))
-    halves = [batches(2, rank=rank, world=2).batch(5) for rank in (0, 1)]
+    halves = [batches(2).batch(number) for number in (10, 11)]
     np.testing.assert_equal(one.batch(5), tuple(np.concatenate(part) for part in zip(*halves)))
     epochs = [[one.row(i + epoch * one.n_windows)[0] for i in range(one.n_windows)] for epoch in (0, 1)]
     plain = [sorted(row[row != tok.mask].tolist()[:10] for row in epoch) for epoch in epochs]
@@ -107,15 +106,13 @@ def test_each_form_of_record_gives_its_pairs(ending, tmp_path):
     assert list(read_pairs(path)) == [pair for _, expected in RECORDS for pair in expected]
 
 
-def prepare(source, objective=sft, block_size=64, tok=None):
-    return prepare_pairs(str(source), "bytes", 0, tok, objective, block_size, 2, seed=1)
-
-
 def test_held_out_rows_are_plain_whatever_the_objective(tmp_path):
     texts = [{"prompt": f"{i}: ", "answer": "ten " * (1 + i % 20)} for i in range(400)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    tok, batches, rows = prepare(tmp_path / "p.jsonl", meap_sft, 256)
-    _, _, rows_of_sft = prepare(tmp_path / "p.jsonl", sft, 256)
+    (tok, batches, rows, name), (_, _, rows_of_sft, name_of_sft) = (
+        prepare_pairs(str(tmp_path / "p.jsonl"), "bytes", 0, None, objective, 256, 2, seed=1)
+        for objective in (meap_sft, sft))
+    assert name == name_of_sft
     np.testing.assert_equal(list(rows(100)), list(rows_of_sft(100)))
     shown = "".join(tok.decode(inputs[targets != IGNORE].tolist()) for inputs, targets in rows(100))
     n_held_out = sum((inputs == tok.mid).sum() for inputs, _ in rows(100))
@@ -127,21 +124,23 @@ def test_held_out_rows_are_plain_whatever_the_objective(tmp_path):
     ("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"prompt": "p"', "line 2 is not JSON"),
     ("a.jsonl", '\n{"prompt": "p"}', "line 2 is no pair"), ("a.jsonl", '{"text": "t"}', "line 1 is no pair"),
     ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
+    ("a.json", "5", "record 1 is no pair"), ("a.json", "null", "record 1 is no pair"),
+    ("a.json", "[]", "no pairs to train on"),
     ("a.jsonl", '{"conversations": [{"value": "q"}, {"from": "gpt", "value": 3}]}', "line 1 is no pair"),
     ("a.jsonl", '{"prompt": "p", "answer": null}', "line 1 is no pair"),
     ("a.jsonl", "\nnull", "line 2 is no pair"),
-    ("a.json", "{", "is not JSON"), ("a.json", '{"prompt": "p", "answer": "a"}', "is no pair"),
-    ("a.txt", "hello", "is no .jsonl or .json"), ("a.jsonl.gz", "no gzip", "cannot be read"),
+    ("a.json", "{", "is not JSON"), ("a.txt", "hello", "is no .jsonl or .json"),
+    ("a.jsonl.gz", "no gzip", "expected UTF-8 text"),
     ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs to train on"),
     ("a.jsonl", json.dumps({"prompt": "p", "answer": "a" * 40}), "--block-size 64: expected one whose half")])
 def test_a_bad_file_is_one_sentence_with_its_line(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        prepare(tmp_path / name)
+        prepare_pairs(str(tmp_path / name), "bytes", 0, None, sft, 64, 2, seed=1)
 
 
 def test_functions_are_signature_and_docstring_then_body_and_files_are_held_out_whole(documents, monkeypatch):
-    monkeypatch.setattr(pairs, "iter_documents", lambda source: documents)
+    monkeypatch.setattr(pairs, "load_documents", lambda source: documents)
     monkeypatch.setattr(pairs, "is_held_out", lambda text: text == documents[2])
     pairs.function_pairs.cache_clear()
     training, held_out = pairs.load_pairs("functions")

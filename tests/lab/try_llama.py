@@ -55,9 +55,9 @@ def wait_for(server):
 
 def main(run, llama_cpp, n=20, n_tokens=32):
     model, tok, checkpoint = load_model(run)
-    order = "psm" if checkpoint["config"]["knobs"]["spm_rate"] < 1 else "spm"
-    layout = checkpoint["config"]["knobs"]["spm_layout"]
-    _, _, stream = prepare("stdlib", cache_dir="cache", tok=tok)
+    layout = checkpoint["config"]["knobs"].get("spm_layout")
+    order = "spm" if layout == "labelled" else "psm"  # llama.cpp has no other SPM
+    _, _, stream, _ = prepare("stdlib", tok=tok)
     holes = random_span_holes(stream, tok, n, 1, model.config.block_size - n_tokens - 4)
     prompts = [fim_prompt(prefix, suffix, tok, order, layout) for prefix, _, suffix in holes]
     ours = [[i for i in ids if i != tok.eot] for [(ids, _)] in continuations(model, tok, prompts, n_tokens)]
@@ -84,7 +84,7 @@ def main(run, llama_cpp, n=20, n_tokens=32):
         finally:
             server.terminate()
             server.wait()
-    print(f"{order}, {layout}: with prompts as ids {same_ids} of {n} greedy infills have our tokens; with "
+    print(f"{order}: with prompts as ids {same_ids} of {n} greedy infills have our tokens; with "
           f"prompts as text {same_text} have our text, and {same_prefix} prefixes our tokens")
     return same_ids == n
 

@@ -1,0 +1,107 @@
+"""Fill the hole in a file: its text has <FILL> in one place.
+
+    python -m lab.fill draft.py                    prints the file with an infill in the hole
+    python -m lab.fill draft.py --n 8 --write      the best of eight goes into the file
+    python -m lab.fill draft.py --interactive      type at the hole, get an infill, type on
+"""
+import os
+import shutil
+import tempfile
+from itertools import count
+from pathlib import Path
+
+from data import newlines
+from sample import (Parser, PromptCache, add_sampling, infill, load_model, newest_run, note, one_line_errors,
+                    paint, pick_device, unescape)
+
+FILL = "<FILL>"
+
+
+def read_hole(path):
+    """A file -> the texts before and after its one <FILL>. Raises ValueError where it has not one."""
+    try:
+        parts = newlines(Path(path).read_bytes().decode("utf-8-sig")).split(FILL)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
+    if len(parts) != 2:
+        raise ValueError(f"{path}: expected one {FILL} where the hole is, found {len(parts) - 1}")
+    return parts
+
+
+def write_infill(path, text):
+    """Puts text in place of the file's <FILL>, atomically: path is always the old or the new file, whole.
+
+    The rest of the file stays as it is, with its permissions; text gets the line ends that most lines of the
+    file have. The old file is kept as PATH.orig, or .orig1 if that exists, and so on: its path is returned.
+    Raises OSError."""
+    path = Path(path).resolve()  # a link stays a link
+    old = path.read_bytes()
+    n_crlf = old.count(b"\r\n")
+    frequency = {"\n": old.count(b"\n") - n_crlf, "\r\n": n_crlf, "\r": old.count(b"\r") - n_crlf}
+    text = newlines(text).replace("\n", max(frequency, key=frequency.get))
+    names = (Path(f"{path}.orig{i or ''}") for i in count())
+    kept = next(name for name in names if not name.exists())
+    shutil.copy2(path, kept)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
+        try:
+            f.write(old.replace(FILL.encode(), text.encode()))
+            f.flush()
+            os.fsync(f.fileno())
+            shutil.copymode(path, f.name)
+            os.replace(f.name, path)
+        except OSError:
+            os.unlink(f.name)
+            raise
+    return kept
+
+
+def type_and_infill(model, tok, prefix, suffix, **settings):
+    """Infills after each typed line, until the input ends. The line is appended to the prefix; an empty one
+    appends the last infill."""
+    cache, accepted = PromptCache(model.config), ""
+    while True:
+        try:
+            typed = input("> ")
+        except EOFError:
+            return print()
+        typed.encode()  # raises UnicodeEncodeError, a ValueError, for what is no text
+        prefix += unescape(typed) or accepted
+        best, = infill(model, tok, prefix, suffix, cache=cache, **settings)
+        accepted = best.text
+        print(prefix + paint(best.text) + suffix)
+        note(f"{best.ended}, {best.mean_log_p:.2f} nats per token; "
+             f"{cache.reused} of the prompt's {len(cache.ids)} tokens reused")
+
+
+@one_line_errors
+def main(arguments=None):
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", metavar="FILE", help=f"a text with {FILL} in one place, the hole")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--write", action="store_true",
+                      help="put the best infill into the file, and keep the old one as FILE.orig")
+    mode.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
+    add_sampling(parser)
+    args = parser.parse_args(arguments)
+    if args.interactive and args.n > 1:
+        raise ValueError(f"--n {args.n}: expected one sample with --interactive")
+    prefix, suffix = read_hole(args.file)
+    model, tok, _ = load_model(args.ckpt or newest_run(), pick_device(args.device))
+    temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
+    settings = {"max_new_tokens": args.max_new_tokens, "temperature": temperature, "top_k": args.top_k,
+                "top_p": args.top_p, "seed": args.seed, "warn": note}
+    if args.interactive:
+        return type_and_infill(model, tok, prefix, suffix, **settings)
+    infills = infill(model, tok, prefix, suffix, args.n, **settings)
+    for rank, best in enumerate(infills, 1):
+        if args.n > 1:
+            print(f"--- {rank} of {args.n}, {best.ended}, {best.mean_log_p:.2f} nats per token")
+        print(prefix + paint(best.text) + suffix)
+    if args.n == 1:
+        note(f"{best.ended}, {best.mean_log_p:.2f} nats per token")
+    if args.write:
+        note(f"written: {args.file}; before: {write_infill(args.file, infills[0].text)}")
+
+
+if __name__ == "__main__":
+    main()

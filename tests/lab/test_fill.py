@@ -1,0 +1,136 @@
+"""lab.fill: what it prints for a file with a hole, and that writing leaves the rest of the file as it was."""
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from conftest import save_run, small_model
+from lab import fill
+from sample import infill, load_model
+
+PREFIX, SUFFIX = "def mean(xs):\n    total = sum(xs)\n    return ", "\n\nprint(mean([1, 2, 3]))\n"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tok):
+    """A run of both orders: an infill is one in SPM."""
+    return save_run(tmp_path_factory.mktemp("run"), small_model(tok.n_vocab, 128), tok, "fim")
+
+
+@pytest.fixture
+def cli(run, tmp_path, capsys, monkeypatch):
+    """Runs lab.fill among the files of a test -> what it prints, its exit code; an error is one line."""
+    def call(*arguments):
+        code = 0
+        try:
+            fill.main(["--ckpt", str(run), "--device", "cpu", "--max-new-tokens", "12", *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        shown = capsys.readouterr()
+        assert not code or shown.err.count("\n") == 1 and "Traceback" not in shown.err
+        return SimpleNamespace(out=shown.out, err=shown.err, code=code)
+
+    monkeypatch.chdir(tmp_path)
+    return call
+
+
+def expected_infill(run, prefix, suffix, **settings):
+    model, tok, _ = load_model(run)
+    return infill(model, tok, prefix, suffix, max_new_tokens=12, **settings)
+
+
+@pytest.mark.parametrize("file", [
+    f"{PREFIX}<FILL>{SUFFIX}", f"\ufeff{PREFIX}<FILL>{SUFFIX}".replace("\n", "\r\n"),
+    f"{PREFIX}<FILL>{SUFFIX}".replace("\n", "\r")], ids=["Linux", "Windows", "old Mac"])
+def test_the_file_is_printed_with_the_infill_in_its_hole(file, cli, run, tmp_path):
+    (tmp_path / "draft.py").write_text(file, "utf-8", newline="")
+    best, = expected_infill(run, PREFIX, SUFFIX)
+    shown = cli("draft.py")
+    assert shown.out == PREFIX + best.text + SUFFIX + "\n"
+    assert shown.err == f"({best.ended}, {best.mean_log_p:.2f} nats per token)\n"
+
+
+def test_several_infills_are_ranked_and_the_best_is_written(cli, run, tmp_path):
+    draft = tmp_path / "draft.py"
+    draft.write_text(f"{PREFIX}<FILL>{SUFFIX}")
+    infills = expected_infill(run, PREFIX, SUFFIX, n=3, temperature=0.8, seed=1)
+    shown = cli("draft.py", "--write", "--n", "3")
+    assert shown.out == "".join(
+        f"--- {rank} of 3, {best.ended}, {best.mean_log_p:.2f} nats per token\n{PREFIX}{best.text}{SUFFIX}\n"
+        for rank, best in enumerate(infills, 1))
+    assert draft.read_text() == PREFIX + infills[0].text.replace("\r", "\n") + SUFFIX
+    assert f"{draft}.orig" in shown.err
+    assert "found 0" in cli("draft.py", "--write").err  # the hole is filled
+
+
+@pytest.mark.parametrize("end, stray", [("\n", ""), ("\r\n", ""), ("\r", ""), ("\r\n", "\n"), ("\n", "\r\n")])
+def test_writing_an_infill_leaves_the_rest_of_the_file_as_it_was(end, stray, tmp_path):
+    """Byte for byte, with its permissions and line ends, also through a link; the old file is kept beside."""
+    old = (f"\ufeff# é\n{PREFIX}<FILL>{SUFFIX}".replace("\n", end) + stray).encode()
+    draft, link = tmp_path / "draft.py", tmp_path / "link.py"
+    draft.write_bytes(old)
+    draft.chmod(0o755)
+    link.symlink_to(draft)
+    (tmp_path / "draft.py.orig").write_text("of an earlier hole")
+    kept = fill.write_infill(link, " / len(xs)\r\n# ½\n")  # a model may write line ends of any kind
+    assert draft.read_bytes() == old.replace(b"<FILL>", f" / len(xs){end}# ½{end}".encode())
+    assert draft.stat().st_mode & 0o777 == 0o755 and link.is_symlink()
+    assert kept == tmp_path / "draft.py.orig1" and kept.read_bytes() == old
+    assert (tmp_path / "draft.py.orig").read_text() == "of an earlier hole"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_character_is_written_in_halves(seed, cli, tmp_path):
+    """At this temperature the model emits bytes that are no text."""
+    (tmp_path / "draft.py").write_text("x = <FILL>\n")
+    assert cli("draft.py", "--write", "--temperature", "50", "--seed", str(seed)).code == 0
+    assert "\ufffd" not in (tmp_path / "draft.py").read_bytes().decode("utf-8")
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_file_that_cannot_be_written_stays_as_it_was(step, cli, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "draft.py").write_text("x = <FILL>\n")
+    monkeypatch.setattr(os, step, fail)
+    shown = cli("draft.py", "--write", "--n", "2")
+    assert shown.code == 1 and "No space left" in shown.err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "draft.py": "x = <FILL>\n", "draft.py.orig": "x = <FILL>\n"}
+
+
+def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
+    (tmp_path / "draft.py").write_text(f"{PREFIX}<FILL>{SUFFIX}")
+    typed = iter(["", "", " / len(xs)\\n"])  # an infill; take it, and another; type on
+
+    def read(_):
+        for line in typed:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", read)
+    shown = cli("draft.py", "--interactive")
+    texts, prefix, expected = [], PREFIX, ""
+    for line in (None, None, " / len(xs)\n"):
+        prefix += line or "".join(texts[-1:])
+        texts.append(expected_infill(run, prefix, SUFFIX)[0].text)
+        expected += prefix + texts[-1] + SUFFIX + "\n"
+    assert shown.out == expected + "\n"
+    reused = [int(n) for n in re.findall(r"(\d+) of the prompt's \d+ tokens reused", shown.err)]
+    assert reused[0] == 0 and reused[1] >= len(tok.encode(SUFFIX)) + 2 <= reused[2]
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    ("zero.py", 2, "zero.py: expected one <FILL> where the hole is, found 0"), ("two.py", 2, "found 2"),
+    ("latin.py", 2, "latin.py: expected UTF-8 text"), ("missing.py", 1, "missing.py"), ("", 2, "FILE"),
+    ("one.py --interactive", 2, "surrogates"), ("one.py --interactive --n 2", 2, "--n 2: expected one"),
+    ("one.py --interactive --write", 2, "not allowed with"), ("one.py --ckpt none", 1, "no such checkpoint"),
+    ("one.py --max-new-tokens 125", 2, "--max-new-tokens 125: the model's context is 128")])
+def test_a_mistake_is_one_line(arguments, code, message, cli, tmp_path, monkeypatch):
+    for name, text in {"zero": "é", "one": "<FILL>", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
+        (tmp_path / f"{name}.py").write_text(text, "latin-1" if name == "latin" else "utf-8")
+    monkeypatch.setattr("builtins.input", lambda _: "\udc80")
+    shown = cli(*arguments.split())
+    assert shown.code == code and message in shown.err and not shown.out
