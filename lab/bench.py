@@ -151,8 +151,8 @@ def nanogpt_model(directory, config, n_vocab, device):
     spec = importlib.util.spec_from_file_location("nanogpt", Path(directory, "model.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    names = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    shape = {name: getattr(config, name) for name in names}
+    shape = {name: getattr(config, name) for name in
+             ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
     with redirect_stdout(None):
         return module.GPT(module.GPTConfig(vocab_size=n_vocab, **shape)).to(device)
 

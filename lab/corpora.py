@@ -37,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import trange
 
+from data import is_held_out
 from lab import sandbox
 
 ANIMALS = ("ant ape asp bat bee boa cat cod cow cub daw doe dog eel elk emu "
@@ -206,6 +207,7 @@ def questions(text):
             asked.append(Question(start + len(f"? {key}"), answer, hops, number - at, len(facts)))
         start += len(line)
     return asked
+
 
 # programs: what a docstring says and the code that means it. {x} is the element; {k} and {l} are constants,
 # {k} sometimes an argument; {c} is a letter. A test: its words, a name, its code, its negation's code.
@@ -488,6 +490,18 @@ def key(document):
     return repr([function(*arguments) for arguments in calls(document)])
 
 
+def held_out_programs(n, seed):
+    """n different functions, list[str], none of which does what a function of the training text does. seed:
+    another than the training text's 0."""
+    found, index = {}, 0
+    while len(found) < n:
+        text = document("programs", seed, index)
+        index += 1
+        if is_held_out(key(text)):
+            found[text] = None
+    return list(found)
+
+
 def holes(document, kind, rng):
     """Takes a part, never empty, out of the body of a document of programs -> (prefix, middle, suffix), or
     None if there is no such part. kind: "line"; "lines", two or more in a row; "span", any characters in a
@@ -537,7 +551,7 @@ def passes_all(pairs, at_once=50):
 
     def run(jobs):
         tests = {str(i): f">>> check({i})\nTrue\n" for i in range(len(jobs))}
-        outcome = sandbox.run(f"JOBS = {jobs!r}\n{CHECKER}", "checker", tests, timeout=1 + 2 * len(jobs))
+        outcome = sandbox.run(f"JOBS = {jobs!r}\n{CHECKER}", "checker", tests, timeout=1 + len(jobs), each=0.5)
         if len(jobs) > 1 and not outcome.passed:  # one of them ended the process
             return [passed for job in jobs for passed in run([job])]
         return [outcome.passed.get(name, False) for name in tests]

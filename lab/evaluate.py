@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data import lines_of, prepare, text_rows
 from lab.attention import SEGMENTS, masked_change, shares
+from lab.corpora import held_out_programs, holes, passes_all
 from lab.figures import draw, pyplot
 from lab.pairs import encode_pairs, load_pairs
 from lab.report import check_pool, figure, figures_by, pool, table
@@ -254,6 +255,47 @@ def infill(model, tok, a):
     return figures
 
 
+def programs(model, tok, a):
+    """Does a function of the corpus programs, held out, give the right results with its hole filled: a line,
+    several lines, a random span of its body? pass@1, or pass@k over --n samples, and the best of them (FIM
+    paper, section 4.5 and appendix H.3).
+
+    Beside it three controls: another function's suffix in the prompt, nothing in the hole, and the function
+    continued left to right from its prefix alone."""
+    figures, truths = {}, held_out_programs(a.limit, a.seed)
+    most = model.config.block_size // 3
+
+    def passing(name, texts, prompts, ends):
+        """Fills each hole, (prefix, suffix); ends: what follows the generated text."""
+        drawn = continuations(model, tok, prompts, most, a.n, a.temperature, a.seed, f"programs, {name}")
+        made = [[(prefix + tok.decode(ids) + end, text) for ids, _ in samples]
+                for samples, (text, prefix, _, _), end in zip(drawn, texts, ends)]
+        passed = iter(passes_all([pair for pairs in made for pair in pairs]))
+        passed = [[next(passed) for _ in pairs] for pairs in made]              # (holes, n)
+        for k in (k for k in (1, 10, 100) if k <= a.n):
+            figures[name + (f", pass@{k}" if a.n > 1 else "")] = figure(
+                [pass_at_k(a.n, sum(of_hole), k) for of_hole in passed])
+        if a.n > 1:
+            best = [max(range(a.n), key=lambda i: (samples[i][0][-1] == tok.eot, samples[i][1]))
+                    for samples in drawn]
+            figures[f"{name}, best of {a.n}"] = figure([p[i] for p, i in zip(passed, best)])
+
+    for kind, words in (("line", "one line"), ("lines", "several lines"), ("span", "random span")):
+        rng = np.random.default_rng(a.seed)
+        texts = [(text, *hole) for text in truths if (hole := holes(text, kind, rng))]
+        prefixes, suffixes = ([tok.encode(part[i]) for part in texts] for i in (1, 3))
+        own = [suffix for *_, suffix in texts]
+        for order, layout in a.layouts.items():
+            passing(f"{words}, {order}", texts, list(map(layout, prefixes, suffixes)), own)
+            others = suffixes[1:] + suffixes[:1]
+            passing(f"{words}, {order}, another function's suffix", texts, list(map(layout, prefixes, others)),
+                    own)
+        passing(f"{words}, left to right", texts, [[tok.eot, *prefix] for prefix in prefixes], [""] * len(texts))
+        figures[f"{words}, left empty"] = figure(passes_all(
+            [(prefix + suffix, text) for text, prefix, _, suffix in texts]))
+    return figures
+
+
 def pass_at_k(n, c, k):
     """The chance that one of k draws passes, of n samples of which c do: unbiased (Chen et al., 2021,
     equation 1)."""
@@ -378,8 +420,8 @@ def attention(model, tok, a):
     return figures | {f"share of {name}": figure(share) for name, share in of_segments}
 
 
-TASKS = {task.__name__: task for task in (bpb, middle_bpb, stopping, infill, needle, records, multineedle,
-                                          multidoc, choice, answers, attention)}
+TASKS = {task.__name__: task for task in (bpb, middle_bpb, stopping, programs, infill, needle, records,
+                                          multineedle, multidoc, choice, answers, attention)}
 
 
 def layouts(objective, knobs, tok):

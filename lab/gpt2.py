@@ -11,7 +11,6 @@ writes each byte of a token as a letter, and has the pairs of tokens that merge,
 """
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,17 +40,17 @@ def load_gpt2(path):
                       "pytorch_model.bin of GPT-2, or a folder with one")
     path = files[0]
     try:
-        read = read_safetensors if path.suffix == ".safetensors" else partial(
-            torch.load, map_location="cpu", weights_only=True)
-        weights = {name.removeprefix("transformer."): w.float() for name, w in read(path).items()
+        content = (read_safetensors(path) if path.suffix == ".safetensors" else
+                   torch.load(path, map_location="cpu", weights_only=True))
+        weights = {name.removeprefix("transformer."): w.float() for name, w in content.items()
                    if not name.endswith(BUFFERS)}
-        wte, wpe, has_head = weights["wte.weight"], weights["wpe.weight"], "lm_head.weight" in weights
-        (vocab_size, n_embd), (block_size, _) = wte.shape, wpe.shape
+        wte, has_head = weights["wte.weight"], "lm_head.weight" in weights
+        (vocab_size, n_embd), (block_size, _) = wte.shape, weights["wpe.weight"].shape
         n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
         head = weights.get("lm_head.weight", wte).view_as(wte)
     except Exception as error:  # a damaged or foreign file fails the unpickler in any way
-        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2 ({type(error).__name__}: "
-                      f"{' '.join(str(error).split())[:200]})") from None
+        raise OSError(f"--init-from {path}: not a whole state dict of GPT-2, or damaged "
+                      f"({type(error).__name__})") from None
     tok = Tokenizer.gpt2()
     if vocab_size not in (tok.eot + 1, tok.n_vocab):
         raise OSError(f"--init-from {path}: a vocabulary of {vocab_size:,} tokens, GPT-2's {tok.eot + 1:,}")
@@ -111,8 +110,8 @@ def save_gpt2(model, tok, folder):
              if not (c.tied and name == "lm_head.weight")}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    generation = {"bos_token_id": tok.eot, "eos_token_id": tok.eot,
-                  "suppress_tokens": [i for i in tok.specials if i != tok.eot]}  # as in sample.infill
+    suppressed = [i for i in tok.specials if i != tok.eot]  # as in sample.infill
+    generation = {"bos_token_id": tok.eot, "eos_token_id": tok.eot, "suppress_tokens": suppressed}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
     write_safetensors(folder / "model.safetensors", state)

@@ -32,18 +32,19 @@ class Outcome(NamedTuple):
     why: str        # the end of what was printed, or which limit was met
 
 
-def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29):
+def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29, each=2.0):
     """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in
     it, each in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without
     program[start:end].
 
     timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes
-    of address space. Both hold where the system knows such limits. Whatever the program does, nothing is
+    of address space. each: seconds of the CPU for one of several holes. They hold where the system knows such limits. Whatever the program does, nothing is
     raised here."""
     if holes is None:
         holes = {name: (0, 0, name) for name in docstrings or ()} or {"program": (0, 0, None)}
     job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes,
-           "trace": trace, "timeout": timeout, "memory": memory, "token": secrets.token_hex(16)}
+           "trace": trace, "timeout": timeout, "memory": memory, "each": each,
+           "token": secrets.token_hex(16)}
     env = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as folder, tempfile.TemporaryFile() as output:
@@ -93,7 +94,7 @@ def child():
         passed[key] = False
         try:
             if many:
-                signal.setitimer(signal.ITIMER_PROF, 2, 2)
+                signal.setitimer(signal.ITIMER_PROF, job["each"], job["each"])
             if (start, end) not in code:
                 program = job["program"][:start] + job["program"][end:]
                 code = {(start, end): compile(program, filename, "exec")}
@@ -118,7 +119,7 @@ def child():
 
 
 def out_of_time(*_):
-    raise TimeoutError("2 s of the CPU are over")
+    raise TimeoutError("its time on the CPU is over")
 
 
 def limit(seconds, memory):

@@ -30,7 +30,7 @@ def commands():
         lines = "".join(re.findall(r"(?s)```sh\n(.*?)```", text)).replace("\\\n", " ").splitlines()
         lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", re.sub(BLOCK, "", text))]
         parts = (part for line in lines for part in line.split(" && "))
-        yield from (shlex.split(part, comments=True) for part in parts if re.match("(python|torchrun) ", part))
+        yield from (shlex.split(part, True) for part in parts if re.match("(python|torchrun) ", part))
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,7 @@ def student(tmp_path_factory):
         shutil.copy(file, folder)
     shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(200)), "utf-8")
-    assert RECIPE, "README.md has no ```python block with a function of (ids, tok, rng"
-    assert f'"{NAME}": {NAME},' in README, "README.md has no line for OBJECTIVES"
+    assert RECIPE and f'"{NAME}": {NAME},' in README, "README.md has no recipe, or no line for OBJECTIVES"
     before, start, after = (folder / "objectives.py").read_text("utf-8").partition("OBJECTIVES = {\n")
     after = f'{start}    "{NAME}": {NAME},\n{after}'
     (folder / "objectives.py").write_text(f"{before}{RECIPE[1]}\n\n{after}", "utf-8")
@@ -71,19 +70,17 @@ def test_the_recipes_objective_is_drawn_and_trained_with_its_own_flag(student):
 @pytest.mark.parametrize("words", [words for words in commands() if NAME not in words], ids=shlex.join)
 def test_each_command_parses(words):
     """Of the lab and the tests: the script exists. DIR is a checkout of something else."""
-    if words[1] == "-m":
-        words[2] = words[2].replace(".", "/") + ".py"
+    words = [word.replace(".", "/") + ".py" if flag == "-m" else word for flag, word in pairwise(words)]
     script, *arguments = words[[word.endswith(".py") for word in words].index(True):]
     assert (ROOT / script).is_file() or script == "pytest.py" or script.startswith("DIR/")
     if script == "train.py" and "--help" not in arguments:
-        objective = dict(pairwise(arguments)).get("--objective", "ntp")
-        settings_parser(objective).parse_args(arguments)
+        settings_parser(dict(pairwise(arguments)).get("--objective", "ntp")).parse_args(arguments)
     elif script == "sample.py":
         read_arguments(arguments)
 
 
 def test_what_readme_names_exists():
-    """Names of files and folders in the text, or first in a line, and links; not what a command alone names."""
+    """Files and folders in the text, or first in a line, and links; not what a command alone names."""
     text = re.sub(r"`([^`]+)`", lambda code: "" if " " in code[1] else code[0], re.sub(BLOCK, "", README))
     names = re.findall(r"(?<![\w/.:-])[\w/-]+\.(?:py|md|png|txt)\b|(?<=`)(?!out|cache)[\w/]+/(?=`)", text)
     names += re.findall(r"(?m)^([\w/]+(?:\.py|\.md|/))\s", README)

@@ -156,7 +156,8 @@ def test_samples_that_end_in_eot_come_first_then_the_likelier():
 
 @pytest.mark.parametrize("text, suffix, expected", [
     ("x + 1\n    return total\nmore", "    return total\n", 6), ("return total", "return total\n", 0),
-    ("x + 1\n    return", "    return total\n", None), ("x)\n", ")\n", None), ("x", "", None),
+    ("x + 1\n    return", "    return total\n", None), ("x abcdefg", "abcdefg", None),
+    ("x abc defgh", "abc defgh", 2), ("x", "", None),
     ("v\n}\nreturn total", "\n}\nreturn total\nrest", 1), ("v\nreturn total", "}\nreturn total\nrest", None)])
 def test_where_the_suffix_begins_again(text, suffix, expected):
     """Short lines such as a bracket say too little: at least 8 visible characters count."""
