@@ -96,7 +96,7 @@ def folders_below(root, skip=("__pycache__",)):
 
 def wildcards(pattern):
     """glob.glob, in which ** follows each link once."""
-    before, stars, after = pattern.partition("**/")
+    before, stars, after = re.sub(r"(^|/)\*\*$", r"\1**/*", pattern).partition("**/")
     if not stars:
         return glob.glob(pattern)
     folders = [folder for root in glob.glob(before or ".") for folder, _ in folders_below(root)]
@@ -105,7 +105,7 @@ def wildcards(pattern):
 
 def read_files(files, desc="reading"):
     """Yields (text, key) of each document: str, the text never blank. A hash of key decides its side: key is
-    the text, or what a generated corpus has in its field "key".
+    the text, or what a generated corpus has in "held_out_key".
 
     Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
     are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
@@ -115,7 +115,7 @@ def read_files(files, desc="reading"):
             for record in records_of(path) if kind_of(path) else [{"text": read_text(path)}]:
                 text = newlines(record["text"])
                 if text.strip():
-                    yield text, record.get("key", text)
+                    yield text, record.get("held_out_key", text)
         except (ValueError, PermissionError) as error:
             if len(files) == 1 or kind_of(path) == "lines":
                 raise
@@ -164,7 +164,8 @@ def records_of(path):
         texts = [text for text in texts if isinstance(text, str)]
         if not texts:
             raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
-        yield record | {"text": texts[0]}
+        # JSON can hold half of a surrogate pair, which is no text: it becomes U+FFFD.
+        yield record | {"text": texts[0].encode("utf-16", "surrogatepass").decode("utf-16", "replace")}
 
 
 def read_records(path, flag):
@@ -222,6 +223,7 @@ class Tokenizer:
         self.specials = self.eot, self.pre, self.suf, self.mid, self.mask = [*range(n, n + 5)]
         self.names = dict(zip(self.specials, ("<EOT>", "<PRE>", "<SUF>", "<MID>", "<MASK>")))
         self.n_vocab = n + 5
+        self.dtype = np.dtype("<u2" if self.n_vocab <= 2**16 else "<u4")  # of a stream on disk
         self.n_bytes = np.array([len(text) for text in vocabulary] + [0] * 5)
 
     @classmethod
@@ -242,7 +244,7 @@ class Tokenizer:
             n_read += len(text)
             if n_read > 2**28:  # more text would change few merges, and its rare words would fill memory
                 break
-        counts = {piece.encode("utf-8", "surrogatepass"): count for piece, count in counts.items()}
+        counts = {piece.encode(): count for piece, count in counts.items()}
         return cls(learn_bpe(counts, n - 5))
 
     @classmethod
@@ -329,7 +331,7 @@ def learn_bpe(counts, n):
 
 def is_held_out(key):
     """True for 5% of documents, by a hash of their text (or of the key in its place)."""
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") < HELD_OUT * 2**64
 
 
@@ -358,7 +360,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
     settings = tok.to_dict() if tok else [tokenizer, vocab_size, Tokenizer.PATTERN]
     digest, sides = hashlib.sha256(json.dumps(settings).encode()), set()
     for text, key in read_files(files):
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        digest.update(text.encode() + b"\0")
         sides.add(is_held_out(key))
     if not sides:
         raise ValueError(f"--data {source}: no text in it")
@@ -384,7 +386,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     tok = Tokenizer.from_dict(json.loads((folder / "tokenizer.json").read_text()))
-    streams = [np.memmap(path, dtype_of(tok), "r") if path.stat().st_size else np.zeros(0, dtype_of(tok))
+    streams = [np.memmap(path, tok.dtype, "r") if path.stat().st_size else np.zeros(0, tok.dtype)
                for path in (folder / "train", folder / "held_out")]
     return tok, *streams, name
 
@@ -402,11 +404,7 @@ def write_stream(path, tok, texts):
         while block := list(islice(parts, 64)):
             encoded = iter(tok.encode_batch([part for part in block if part]))
             ids = [i for part in block for i in (next(encoded) if part else [tok.eot])]
-            np.array(ids, dtype_of(tok)).tofile(f)
-
-
-def dtype_of(tok):
-    return np.dtype("<u2" if tok.n_vocab <= 2**16 else "<u4")
+            np.array(ids, tok.dtype).tofile(f)
 
 
 # Windows, rows, batches
@@ -437,14 +435,12 @@ class Batches:
         bytes_per_token = self.tok.n_bytes[self.stream[:2**20]].mean()
         return f"{len(self.stream):,} tokens to train on, {bytes_per_token:.2f} bytes per token"
 
-    def window(self, index):
-        """ids (T+1,) of window number index, counted over the whole run."""
+    def row(self, index):
+        """The row with this number, counted over the whole run: inputs (T,), targets (T,)."""
         phase, order = self.epoch(index // self.n_windows)
         start = phase + order[index % self.n_windows] * self.T
-        return np.asarray(self.stream[start:start + self.T + 1], np.int64)
-
-    def row(self, index):
-        return self.objective(self.window(index), self.tok, np.random.default_rng([self.seed, index, 1]))
+        window = np.asarray(self.stream[start:start + self.T + 1], np.int64)
+        return self.objective(window, self.tok, np.random.default_rng([self.seed, index, 1]))
 
     def batch(self, number):
         rows = map(self.row, range(number * self.B, (number + 1) * self.B))

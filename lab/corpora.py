@@ -502,7 +502,7 @@ def held_out_programs(n, seed):
     return list(found)
 
 
-def holes(document, kind, rng):
+def hole(document, kind, rng):
     """Takes a part, never empty, out of the body of a document of programs -> (prefix, middle, suffix), or
     None if there is no such part. kind: "line"; "lines", two or more in a row; "span", any characters in a
     row (FIM, section 4.5). rng draws which."""
@@ -551,7 +551,8 @@ def passes_all(pairs, at_once=50):
 
     def run(jobs):
         tests = {str(i): f">>> check({i})\nTrue\n" for i in range(len(jobs))}
-        outcome = sandbox.run(f"JOBS = {jobs!r}\n{CHECKER}", "checker", tests, timeout=1 + len(jobs), each=0.5)
+        program = f"JOBS = {jobs!r}\n{CHECKER}"
+        outcome = sandbox.run(program, "checker", tests, timeout=1 + len(jobs), each=0.5)
         if len(jobs) > 1 and not outcome.passed:  # one of them ended the process
             return [passed for job in jobs for passed in run([job])]
         return [outcome.passed.get(name, False) for name in tests]
@@ -563,7 +564,6 @@ def passes_all(pairs, at_once=50):
 
 CORPORA = {"markov": markov, "relay": relay, "records": records, "chains": chains,
            "programs": programs}
-KEYS = {"programs": key}  # what decides the side of a document in the split, in place of its text
 
 
 def documents(name, n, seed):
@@ -591,7 +591,8 @@ def write(source, folder):
     with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as f:
         for index in trange(int(n), desc=f"drawing {name}", leave=False, disable=None):
             text = document(name, 0, index)
-            f.write(json.dumps({"text": text} | ({"key": KEYS[name](text)} if name in KEYS else {})) + "\n")
+            record = {"text": text} | ({"held_out_key": key(text)} if name == "programs" else {})
+            f.write(json.dumps(record) + "\n")
     os.replace(f.name, path)
     return path
 

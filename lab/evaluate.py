@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import lines_of, prepare, text_rows
 from lab.attention import SEGMENTS, masked_change, shares
-from lab.corpora import held_out_programs, holes, passes_all
+from lab.corpora import held_out_programs, hole, passes_all
 from lab.figures import draw, pyplot
 from lab.pairs import encode_pairs, load_pairs
 from lab.report import check_pool, figure, figures_by, pool, table
@@ -282,15 +282,14 @@ def programs(model, tok, a):
 
     for kind, words in (("line", "one line"), ("lines", "several lines"), ("span", "random span")):
         rng = np.random.default_rng(a.seed)
-        texts = [(text, *hole) for text in truths if (hole := holes(text, kind, rng))]
+        texts = [(text, *parts) for text in truths if (parts := hole(text, kind, rng))]
         prefixes, suffixes = ([tok.encode(part[i]) for part in texts] for i in (1, 3))
         own = [suffix for *_, suffix in texts]
         for order, layout in a.layouts.items():
-            passing(f"{words}, {order}", texts, list(map(layout, prefixes, suffixes)), own)
-            others = suffixes[1:] + suffixes[:1]
-            passing(f"{words}, {order}, another function's suffix", texts, list(map(layout, prefixes, others)),
-                    own)
-        passing(f"{words}, left to right", texts, [[tok.eot, *prefix] for prefix in prefixes], [""] * len(texts))
+            for of, given in (("", suffixes), (", another's suffix", suffixes[1:] + suffixes[:1])):
+                passing(f"{words}, {order}{of}", texts, list(map(layout, prefixes, given)), own)
+        plain = [[tok.eot, *prefix] for prefix in prefixes]
+        passing(f"{words}, left to right", texts, plain, [""] * len(texts))
         figures[f"{words}, left empty"] = figure(passes_all(
             [(prefix + suffix, text) for text, prefix, _, suffix in texts]))
     return figures

@@ -32,14 +32,15 @@ class Outcome(NamedTuple):
     why: str        # the end of what was printed, or which limit was met
 
 
-def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29, each=2.0):
+def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29,
+        each=2.0):
     """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in
     it, each in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without
     program[start:end].
 
     timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes
-    of address space. each: seconds of the CPU for one of several holes. They hold where the system knows such limits. Whatever the program does, nothing is
-    raised here."""
+    of address space. each: seconds of the CPU for one of several. They hold where the system knows such
+    limits. Whatever the program does, nothing is raised here."""
     if holes is None:
         holes = {name: (0, 0, name) for name in docstrings or ()} or {"program": (0, 0, None)}
     job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes,

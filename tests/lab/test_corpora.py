@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data import GENERATED, hold_out, prepare, read_files, source_files
-from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, body_start, calls, documents, errors, holes, key,
+from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, body_start, calls, documents, errors, hole, key,
                          passes, passes_all, questions)
 
 RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
@@ -224,11 +224,11 @@ def test_many_are_judged_in_one_process_as_they_are_alone():
 def test_holes_are_parts_of_the_body_and_never_empty(kind):
     rng = np.random.default_rng(1)
     for text in PROGRAMS[:300]:
-        body, hole = text[body_start(text):], holes(text, kind, rng)
-        if hole is None:
+        body, parts = text[body_start(text):], hole(text, kind, rng)
+        if parts is None:
             assert kind == "lines" and body.count("\n") == 1
             continue
-        prefix, middle, suffix = hole
+        prefix, middle, suffix = parts
         assert prefix + middle + suffix == text and middle and len(prefix) >= body_start(text)
         if kind != "span":
             assert prefix.endswith("\n") and middle.endswith("\n")
