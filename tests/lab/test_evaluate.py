@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from conftest import save_run, small_model
 from lab import attention, evaluate, sandbox, tasks
+from lab.corpora import held_out_programs, hole
 from lab.figures import main as draw_figures
 from lab.pairs import load_pairs
 from lab.report import check_pool, figure, pool, table
@@ -308,6 +309,22 @@ def test_an_oracle_needs_no_bits_for_an_answer_and_a_blind_model_the_vocabulary(
     bits = len(tokens) * math.log2(tok.n_vocab)
     blind = means(evaluate.answers(Oracle(tok), tok, a))
     assert held_out and blind["answer"] == pytest.approx(bits / len("".join(held_out)))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_oracle_fills_programs_rightly_where_it_sees_their_own_suffix(n, tok):
+    answers = []
+    for kind in ("line", "lines", "span"):
+        rng = np.random.default_rng(1)
+        for parts in [hole(text, kind, rng) for text in held_out_programs(4, seed=1)]:
+            if parts:
+                prefix, middle, suffix = map(tok.encode, parts)
+                answers.append((fim_prompt(prefix, suffix, tok, "spm", "joint"), [*middle, tok.eot]))
+    given = asked(tok, "spm", limit=4, n=n, temperature=0.8 if n > 1 else 0.0)
+    passed = means(evaluate.programs(Oracle(tok, answers), tok, given))
+    own = [value for name, value in passed.items() if ", spm" in name and "another's" not in name]
+    others = [value for name, value in passed.items() if "another's" in name or "left" in name]
+    assert own == [1.0] * len(own) and len(own) == 3 * n and np.mean(others) < 0.2
 
 
 def test_pass_at_k_is_the_share_of_draws_with_a_pass():
