@@ -209,8 +209,8 @@ def questions(text):
     return asked
 
 
-# programs: what a docstring says and the code that means it. {x} is the element; {k} and {l} are constants,
-# {k} sometimes an argument; {c} is a letter. A test: its words, a name, its code, its negation's code.
+# programs: what a docstring says and the code that means it. {x} is the element; {k} and {l} are constants. A
+# test: its words, a name, its code, its negation's code.
 TESTS = (("are even", "even", "{x} % 2 == 0", "{x} % 2 != 0"),
          ("are odd", "odd", "{x} % 2 == 1", "{x} % 2 == 0"),
          ("are positive", "positive", "{x} > 0", "{x} <= 0"),
@@ -219,34 +219,22 @@ TESTS = (("are even", "even", "{x} % 2 == 0", "{x} % 2 != 0"),
          ("are less than {k}", "less", "{x} < {k}", "{x} >= {k}"),
          ("are at least {k}", "large", "{x} >= {k}", "{x} < {k}"),
          ("are at most {k}", "small", "{x} <= {k}", "{x} > {k}"),
-         ("are not {k}", "other", "{x} != {k}", "{x} == {k}"),
          ("are divisible by {k}", "multiples", "{x} % {k} == 0", "{x} % {k} != 0"),
-         ("are not divisible by {k}", "indivisible", "{x} % {k} != 0", "{x} % {k} == 0"),
          ("are from {k} to {l}", "between", "{k} <= {x} <= {l}", "not {k} <= {x} <= {l}"))
-WORD_TESTS = (("are longer than {k} letters", "long", "len({x}) > {k}", "len({x}) <= {k}"),
-              ("are shorter than {k} letters", "short", "len({x}) < {k}", "len({x}) >= {k}"),
-              ("have {k} letters", "sized", "len({x}) == {k}", "len({x}) != {k}"),
-              ("have at least {k} letters", "large", "len({x}) >= {k}", "len({x}) < {k}"),
-              ("start with {c}", "starting", "{x}.startswith({c})", "not {x}.startswith({c})"),
-              ("end with {c}", "ending", "{x}.endswith({c})", "not {x}.endswith({c})"),
-              ("contain {c}", "with", "{c} in {x}", "{c} not in {x}"))
-# A change of a number or a word: "each squared", as a noun "the squares of" (or ""), and its spellings.
+# A change of a number: "each squared", as a noun "the squares of" (or ""), its code.
 CHANGES = (("squared", "squares", "{x} * {x}"), ("cubed", "cubes", "{x} ** 3"), ("doubled", "", "2 * {x}"),
            ("halved", "", "{x} // 2"), ("negated", "", "-{x}"),
            ("without sign", "absolute values", "abs({x})"), ("times {k}", "", "{x} * {k}"),
            ("divided by {k}", "", "{x} // {k}"),
            ("modulo {k}", "", "{x} % {k}"), ("plus {k}", "", "{x} + {k}"), ("minus {k}", "", "{x} - {k}"),
            ("taken from {k}", "", "{k} - {x}"))
-WORD_CHANGES = (("in capitals", "", "{x}.upper()"), ("reversed", "", "{x}[::-1]"), ("doubled", "", "{x} * 2"),
-                ("without its first letter", "", "{x}[1:]"), ("without its last letter", "", "{x}[:-1]"),
-                ("followed by {c}", "", "{x} + {c}"), ("cut to {k} letters", "", "{x}[:{k}]"))
-LENGTH = ("as a length", "lengths", "len({x})")
+
+
 class Fold(NamedTuple):
-    """What is made of values. {v}: a value, {w}: in brackets where needed; {r}: the result; {s}: a separator;
-    {}: the comprehension "v for x in xs if ..."."""
+    """What is made of values. {v}: a value, {w}: in brackets where needed; {r}: the result; {}: the
+    comprehension "v for x in xs if ..."."""
     words: str
-    names: str         # of the function
-    result: str        # its name
+    result: str        # the name of the result
     expression: str    # in one line, or ""
     two_steps: str     # the second line, after kept = [{}], or ""
     start: str         # of a loop's result; "" where the loop returns from inside
@@ -256,51 +244,37 @@ class Fold(NamedTuple):
 
 
 FOLDS = {
-    "sum": Fold("the sum of {np}", "sum total", "total", "sum({})", "sum(kept)",
-                "0", "{r} += {v}", "{r}", "rest + {v}"),
-    "product": Fold("the product of {np}", "product", "product", "", "",
-                    "1", "{r} *= {v}", "{r}", "rest * {w}"),
-    "count": Fold("the number of {np}", "count number", "count", "len([{}])", "len(kept)",
-                  "0", "{r} += 1", "{r}", "rest + 1"),
-    "max": Fold("the largest of {np}, or None", "largest max", "best",
+    "sum": Fold("the sum of {np}", "total", "sum({})", "sum(kept)", "0", "{r} += {v}", "{r}",
+                "rest + {v}"),
+    "product": Fold("the product of {np}", "product", "", "", "1", "{r} *= {v}", "{r}",
+                    "rest * {w}"),
+    "count": Fold("the number of {np}", "count", "len([{}])", "len(kept)", "0", "{r} += 1", "{r}",
+                  "rest + 1"),
+    "max": Fold("the largest of {np}, or None", "best",
                 "max([{}], default=None)", "max(kept, default=None)",
                 "None", "if {r} is None or {v} > {r}:\n    {r} = {v}", "{r}"),
-    "min": Fold("the smallest of {np}, or None", "smallest min", "best",
+    "min": Fold("the smallest of {np}, or None", "best",
                 "min([{}], default=None)", "min(kept, default=None)",
                 "None", "if {r} is None or {v} < {r}:\n    {r} = {v}", "{r}"),
-    "list": Fold("a list of {np}", "list keep", "out", "[{}]", "",
-                 "[]", "{r}.append({v})", "{r}", "[{v}] + rest"),
-    "first": Fold("the first of {np}, or None", "first find", "first", "next(({}), None)", "",
-                  "", "return {v}", "None"),
-    "last": Fold("the last of {np}, or None", "last", "last", "", "kept[-1] if kept else None",
-                 "None", "{r} = {v}", "{r}"),
-    "running": Fold("the running sums of {np}", "running sums", "sums", "", "",
-                    "[]\nso_far = 0", "so_far += {v}\n{r}.append(so_far)", "{r}"),
-    "join": Fold("{np}, joined by {s}", "join", "parts", "{s}.join({})", "{s}.join(kept)",
-                 "[]", "{r}.append({v})", "{s}.join({r})"),
-    "any": Fold("whether there are any {np}", "any has", "found", "any({})", "", "", "return True", "False"),
-    "all": Fold("whether all {np}", "all only", "ok", "all({})", "", "", "return False", "True"),
+    "list": Fold("a list of {np}", "out", "[{}]", "", "[]", "{r}.append({v})", "{r}", "[{v}] + rest"),
+    "first": Fold("the first of {np}, or None", "first", "next(({}), None)", "", "", "return {v}", "None"),
+    "last": Fold("the last of {np}, or None", "last", "", "kept[-1] if kept else None", "None", "{r} = {v}",
+                 "{r}"),
+    "running": Fold("the running sums of {np}", "sums", "", "", "[]\nso_far = 0",
+                    "so_far += {v}\n{r}.append(so_far)", "{r}"),
+    "any": Fold("whether there are any {np}", "found", "any({})", "", "", "return True", "False"),
+    "all": Fold("whether all {np}", "ok", "all({})", "", "", "return False", "True"),
 }
-# Names of the argument and of the element, what the elements are called, and the folds over them.
-NUMBER_FOLDS = "sum count list product max min first last running any all"
-SOURCES = {"numbers": ("xs,x numbers,n nums,num values,v", "numbers in {a}",
-                       NUMBER_FOLDS),
-           "words": ("words,w words,word names,name", "words in {a}",
-                     "count list list join sum max first any all"),
-           "counted": ("n,i limit,i", "numbers from 1 to {a}", NUMBER_FOLDS),
-           "digits": ("n,d number,digit", "digits of {a}", "sum count product max min any all")}
-DICTIONARY = ("ox tea ant bird note coin house apple stone tomato island sunrise estate mountain "
-              "elephant").split()
+# Names of the argument and of the element, and what the elements are called.
+SOURCES = {"numbers": ("xs,x numbers,n values,v", "numbers in {a}"),
+           "counted": ("n,i limit,i", "numbers from 1 to {a}")}
 
 
 def some_calls():
     """{kind: values of a first argument}, the same in every run."""
     draw = random.Random(0)
-    texts = [word[i:] for word in DICTIONARY for i in (0, 1)]
     numbers = [[draw.randint(-15, 20) for _ in range(2 + i % 7)] for i in range(22)]
     return {"numbers": [[], *([x] for x in range(-2, 16)), *numbers],
-            "words": [[], *([text] for text in texts[:18]),
-                      *(draw.sample(texts, 2 + i % 5) for i in range(20))],
             "positive": [*range(1, 25), 27, 30, 36, 48, 59, 64, 77, 90, 100, 108, 139, 205, 246],
             "integer": [*range(-12, 24), -50, 36, 75, 100]}
 
@@ -309,16 +283,16 @@ CALLS = some_calls()
 
 
 def programs(rng):
-    """A function over numbers, words, the numbers to n, the digits of n, or one number; its docstring says
-    what it does and shows two examples."""
+    """A function of some numbers, of the numbers to n, or of one number; its docstring says what it does and
+    shows two examples."""
     draw = random.Random(int(rng.integers(2**63)))
-    name, arguments, kinds, words, lines = draw.choices((over_many, piecewise), (10, 2))[0](draw)
-    head, body = f"def {name}({', '.join(arguments)}):\n", "".join(f"    {line}\n" for line in lines)
+    name, argument, kind, words, lines = draw.choices((over_many, piecewise), (10, 2))[0](draw)
+    head, body = f"def {name}({argument}):\n", "".join(f"    {line}\n" for line in lines)
     function, shown = function_of(head + body), {}
     for _ in range(20):
-        values = [EXAMPLES[kind](draw, len(shown)) for kind in kinds]
-        if len(shown) < 2 and (result := function(*values)) not in (None, [], ""):
-            shown[f"{name}({', '.join(map(repr, values))})"] = result
+        value = EXAMPLES[kind](draw, len(shown))
+        if len(shown) < 2 and (result := function(value)) not in (None, [], 0):
+            shown[f"{name}({value})"] = result
     if len(shown) < 2 or len(words) > 90:  # it hardly ever does anything, or takes too long to say
         return programs(rng)
     examples = "".join(f"    >>> {call}\n    {result!r}\n" for call, result in shown.items())
@@ -326,31 +300,22 @@ def programs(rng):
 
 
 EXAMPLES = {"numbers": lambda draw, i: [draw.randint(-5, 12) for _ in range(3 - i)],
-            "words": lambda draw, i: draw.sample(DICTIONARY, 2 - i),
-            "counted": lambda draw, i: draw.randint(2, 5), "digits": lambda draw, i: draw.randint(10, 999),
-            "number": lambda draw, i: draw.randint(1, 20) if i else draw.randint(-9, -1),
-            "k": lambda draw, i: draw.randint(2, 9)}  # i: the number of the example
+            "counted": lambda draw, i: draw.randint(2, 5),
+            "number": lambda draw, i: draw.randint(1, 20) if i else draw.randint(-9, -1)}  # i: which example
 
 
 def over_many(draw):
     """A fold over those of some elements that pass a test, each changed, perhaps -> a function's name,
-    arguments, their kinds (of EXAMPLES), words and lines."""
-    source = draw.choices(tuple(SOURCES), (10, 4, 3, 2))[0]
-    names, noun, folds = SOURCES[source]
+    argument, its kind (of EXAMPLES), words and lines."""
+    source = draw.choices(tuple(SOURCES), (10, 3))[0]
+    names, noun = SOURCES[source]
     argument, x = draw.choice(names.split()).split(",")
-    fold = draw.choice(folds.split())
+    fold = draw.choice(tuple(FOLDS))
     is_of_elements = fold in ("any", "all", "count")  # not of values
-    tests, changes = (WORD_TESTS, WORD_CHANGES) if source == "words" else (TESTS, CHANGES)
-    chosen = draw.sample(tests, draw.choices((0, 1, 2), (0 if is_of_elements else 8, 16, 1))[0])
-    change = None if is_of_elements or draw.random() < 0.3 else draw.choice(changes)
-    if source == "words" and fold in ("sum", "max"):
-        change = LENGTH
-
-    claim = test = negation = ""
-    if chosen:
-        joint = draw.choice((" and ", " or "))
-        claim, test = joint.join(part[0] for part in chosen), joint.join(part[2] for part in chosen)
-        negation = chosen[0][3] if len(chosen) == 1 else f"not ({test})"
+    change = None if is_of_elements or draw.random() < 0.3 else draw.choice(CHANGES)
+    claim = part = test = negation = ""
+    if is_of_elements or draw.random() < 0.7:
+        claim, part, test, negation = draw.choice(TESTS)
     if fold == "all":
         noun = f"{noun} {claim}"
     elif claim.startswith("are ") and claim.count(" ") == 1:
@@ -361,29 +326,23 @@ def over_many(draw):
         noun = f"the {noun}"
     if change:
         noun = f"the {change[1]} of {noun}" if change[1] else f"{noun}, each {change[0]}"
-    value = draw.choice(change[2:]) if change else "{x}"
+    value = change[2] if change else "{x}"
     words = FOLDS[fold].words.replace("{np}", noun)
-    parts = [part[1] for part in chosen] + ([(change[1] or change[0]).split()[0]] if change else [])
-    name = f"{draw.choice(FOLDS[fold].names.split())}_{draw.choice(parts or [source])}"
+    name = f"{fold}_{part or ((change[1] or change[0]).split()[0] if change else source)}"
 
-    k = draw.choice(("k", "m"))
-    arguments = [argument, k] if "{k}" in words and draw.random() < 0.2 else [argument]
-    low, high = {"words": 6, "digits": 5}.get(source, 9), 9 if source == "digits" else 15
-    fill = {"a": argument, "k": k if len(arguments) == 2 else draw.randint(2, low),
-            "l": draw.randint(low + 1, high),
-            "c": repr(draw.choice("aeiost")), "s": repr(draw.choice("-+/ "))}
+    fill = {"a": argument, "k": draw.randint(2, 9), "l": draw.randint(10, 15)}
     words, test, negation, value = (text.format(x=x, **fill) for text in (words, test, negation, value))
-    lines = draw.choice(bodies(source, fold, name, arguments, x, test, negation, value, fill["s"]))
-    return name, arguments, [source, "k"][:len(arguments)], words, lines
+    lines = draw.choice(bodies(source, fold, name, argument, x, test, negation, value))
+    return name, argument, source, words, lines
 
 
-def bodies(source, fold, name, arguments, x, test, negation, value, separator):
+def bodies(source, fold, name, argument, x, test, negation, value):
     """The ways to write a fold, each a list of lines: in one expression, in two steps, as a loop, by
     recursion. test, negation and value are code about x; test is "" where every element passes."""
-    argument, way, ways = arguments[0], FOLDS[fold], []
+    way, ways = FOLDS[fold], []
     result = way.result
-    fill = {"r": result, "v": value, "w": f"({value})" if " " in value else value, "s": separator}
-    many = {"counted": "range(1, {} + 1)", "digits": "map(int, str({}))"}.get(source, "{}").format(argument)
+    fill = {"r": result, "v": value, "w": f"({value})" if " " in value else value}
+    many = f"range(1, {argument} + 1)" if source == "counted" else argument
     comprehension = f"{value} for {x} in {many} if {test}" if test else f"{value} for {x} in {many}"
     if fold in ("any", "all"):
         comprehension = f"{test} for {x} in {many}"
@@ -396,29 +355,22 @@ def bodies(source, fold, name, arguments, x, test, negation, value, separator):
     before = f"{result} = {way.start}".split("\n") if way.start else []
     after = "return " + way.end.format(**fill)
     header = [f"for {x} in {many}:"]
-    if source == "digits":
-        header = [f"while {argument} > 0:", f"    {argument}, {x} = divmod({argument}, 10)"]
     step = way.step.format(**fill).split("\n")
     if fold in ("max", "min") and value != x:
         step = [f"value = {value}", *way.step.format(**fill | {"v": "value"}).split("\n")]
     test_inside = negation if fold == "all" else test
     inside = [f"if {test_inside}:", *indented(step)] if test else step
     ways.append([*before, *header, *indented(inside), after])
-    if source == "counted":
-        inside = indented([*inside, f"{x} += 1"])
-        ways.append([*before, f"{x} = 1", f"while {x} <= {argument}:", *inside, after])
 
     # Recursion: nothing is left; else one element, and the result of the rest.
     if way.recursion:
-        empty, one, rest = {"counted": ("{a} == 0", "{a}", "{a} - 1"),
-                            "digits": ("{a} == 0", "{a} % 10", "{a} // 10"),
-                            }.get(source, ("not {a}", "{a}[0]", "{a}[1:]"))
+        a = argument
+        empty, one, rest = (f"{a} == 0", a, f"{a} - 1") if source == "counted" else (
+            f"not {a}", f"{a}[0]", f"{a}[1:]")
         grown = "rest + [{v}]" if fold == "list" and source == "counted" else way.recursion
         grown = "return " + grown.format(**fill)
-        call = ", ".join([rest, *arguments[1:]])
-        ways.append([line.replace("{a}", argument) for line in (
-            f"if {empty}:", f"    return {way.start}", f"{x} = {one}", f"rest = {name}({call})",
-            *([f"if {test}:", f"    {grown}", "return rest"] if test else [grown]))])
+        ways.append([f"if {empty}:", f"    return {way.start}", f"{x} = {one}", f"rest = {name}({rest})",
+                     *([f"if {test}:", f"    {grown}", "return rest"] if test else [grown])])
     return ways
 
 
@@ -435,22 +387,21 @@ def piecewise(draw):
         return [text.format(**fill) for text in texts]
 
     change, other = draw.sample(CHANGES, 2)
-    first, v = filled(change[0], draw.choice(change[2:]))
-    second, w = filled(other[0], draw.choice(other[2:]))
+    first, v = filled(change[0], change[2])
+    second, w = filled(other[0], other[2])
     if draw.random() < 0.3:
         low, high = draw.randint(-9, 3), draw.randint(4, 20)
         ways = [[f"return max({low}, min({high}, {v}))"],
                 [f"{y} = min({v}, {high})", f"return max({y}, {low})"],
                 [f"{y} = {v}", f"if {y} < {low}:", f"    return {low}", f"if {y} > {high}:",
                  f"    return {high}", f"return {y}"]]
-        return (draw.choice(("clamp", "limited")), [a], ["number"],
-                f"return {a} {first}, but at least {low} and at most {high}", draw.choice(ways))
+        words = f"return {a} {first}, but at least {low} and at most {high}"
+        return "clamp", a, "number", words, draw.choice(ways)
     claim, name, test, _ = draw.choice(TESTS)
     claim, test = filled(claim.replace("are", "is"), test)
     ways = [[f"return {v} if {test} else {w}"], [f"if {test}:", f"    return {v}", f"return {w}"],
             [f"if {test}:", f"    {y} = {v}", "else:", f"    {y} = {w}", f"return {y}"]]
-    name = f"{draw.choice(('change', 'if'))}_{name}"
-    return name, [a], ["number"], f"return {a} {first} if it {claim}, else {second}", draw.choice(ways)
+    return f"if_{name}", a, "number", f"return {a} {first} if it {claim}, else {second}", draw.choice(ways)
 
 
 @functools.lru_cache(16)
@@ -474,12 +425,9 @@ def example_calls(document):
 
 def calls(document):
     """Some 40 calls of a document's function, as lists of arguments of the kinds that its examples show."""
-    first, *others = zip(*example_calls(document))
-    if isinstance(first[0], list):
-        kind = "words" if isinstance(first[0][0], str) else "numbers"
-    else:
-        kind = "integer" if min(first) < 0 else "positive"
-    return [[value, 2 + i % 8][:1 + len(others)] for i, value in enumerate(CALLS[kind])]
+    first = [value for value, in example_calls(document)]
+    kind = "numbers" if isinstance(first[0], list) else "integer" if min(first) < 0 else "positive"
+    return [[value] for value in CALLS[kind]]
 
 
 def key(document):
