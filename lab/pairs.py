@@ -2,7 +2,8 @@
 
     records -> pairs (prompt, answer) -> examples -> rows of whole examples -> batch
 
-    pairs     in a form of read_pairs, or the standard library's functions: signature and docstring -> body
+    pairs     in a form of read_pairs, or of functions, the standard library's or the corpus programs':
+              signature and docstring -> body
     example   ids of  prompt <MID> answer <EOT>,  at most half of the context: a masked copy fits behind it
     row       what the objective makes of whole examples, one behind the other, then padding:
 
@@ -19,17 +20,18 @@ from functools import lru_cache
 import numpy as np
 
 from data import (Batches, is_held_out, kind_of, lines_of, load_documents, make_tokenizer, newlines,
-                  read_records, source_files)
+                  read_files, read_records, source_files)
+from lab.corpora import body_start
 from objectives import IGNORE, sft
 
 
 def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed):
     """-> (Tokenizer, PairBatches, held_out_rows, a name of the pairs by their content).
 
-    source: functions, or a file, folder or glob of .json[l][.gz]. tok: None, or a Tokenizer in place of a new
-    one. objective: sft or meap_sft with its knobs bound. held_out_rows(n): at most n rows, (inputs, targets)
-    of T ids each, laid out by sft whatever the objective, so that one figure compares both. Raises ValueError
-    or OSError."""
+    source: functions, programs, or a file, folder or glob of .json[l][.gz]. tok: None, or a Tokenizer in
+    place of a new one. objective: sft or meap_sft with its knobs bound. held_out_rows(n): at most n rows,
+    (inputs, targets) of T ids each, laid out by sft whatever the objective, so that one figure compares both.
+    Raises ValueError or OSError."""
     training, held_out = load_pairs(source)
     name = hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()[:16]
     tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in training for text in pair))
@@ -52,8 +54,13 @@ def load_pairs(source):
     trained on the standard library has not read them."""
     if source in ("stdlib", "site-packages"):
         raise ValueError(f"--data {source}: plain text; expected functions, or a .jsonl or .json of pairs")
-    with_key = function_pairs() if source == "functions" else [
-        (pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
+    if source == "functions":
+        with_key = function_pairs()
+    elif source.partition(":")[0] == "programs":
+        documents = [(text, body_start(text), key) for text, key in read_files(source_files(source))]
+        with_key = [((text[:start], text[start:]), key) for text, start, key in documents]
+    else:
+        with_key = [(pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
     held_out = {key: is_held_out(key) for key in {key for _, key in with_key}}
     training = [pair for pair, key in with_key if not held_out[key]]
     if not training:

@@ -10,8 +10,19 @@ import pytest
 
 from data import Tokenizer
 from lab import pairs
+from lab.corpora import documents as documents_of
+from lab.corpora import key
 from lab.pairs import PairBatches, pack, prepare_pairs, read_pairs
 from objectives import IGNORE, meap_sft, sft
+
+
+def test_programs_are_pairs_of_docstring_and_body_on_their_own_sides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training, held_out = pairs.load_pairs("programs:300")
+    texts = [prompt + answer for prompt, answer in training + held_out]
+    assert sorted(texts) == sorted(documents_of("programs", 300, seed=0))
+    assert all(prompt.endswith('    """\n') and "return" in answer for prompt, answer in training)
+    assert held_out and not {key("".join(p)) for p in held_out} & {key("".join(p)) for p in training}
 
 
 def test_two_pairs_in_a_row_worked_by_hand():
