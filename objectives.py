@@ -24,7 +24,7 @@ import numpy as np
 
 IGNORE = -1  # a target that is excluded from the loss
 SPM_LAYOUTS = ("swapped", "labelled", "joint")
-SPANS = ("char", "token", "line")
+SPANS = ("char", "token", "line", "mixed")
 
 
 def ntp(ids, tok, rng):
@@ -100,6 +100,8 @@ def fim_document(document, room, tok, rng, order, spm_layout, span):
     at the start, never its middle or <EOT>. In any other example a short or empty suffix thus says that the
     document ends there. Where an example cannot be had so, the document stays as it is."""
     text = document[:-1] if document[-1] == tok.eot else document
+    if span == "mixed":
+        span = "line" if rng.random() < 0.25 else "char"
     if span == "token":
         prefix, middle, suffix = split(text, rng)
     else:  # parts are encoded each on its own, as in a prompt, so a model learns to go on inside a token
@@ -118,11 +120,13 @@ def split(text, rng, span="char"):
     """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two places, each
     uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
 
-    span "line" cuts only at line starts and the end, each of them one place (section 4.5)."""
-    places = range(len(text) + 1)
+    span "line" cuts at two different places of those where a line starts, or the text ends (section 4.5)."""
     if span == "line":
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
-    first, second = (places[i] for i in sorted(rng.integers(0, len(places), 2)))
+        # Of ten lines, a tenth of the middles would be empty, and a model would leave many holes so.
+        first, second = sorted(rng.choice(places, 2, replace=False))
+    else:
+        first, second = sorted(rng.integers(0, len(text) + 1, 2))
     return text[:first], text[first:second], text[second:]
 
 
@@ -233,7 +237,8 @@ KNOBS = {
     "fim_rate": "probability that a document becomes a FIM example",
     "spm_rate": "probability that a FIM example is in SPM order, else PSM",
     "spm_layout": f"where SPM has its sentinels: {', '.join(SPM_LAYOUTS)}",
-    "span": f"where a document is cut: at any {', '.join(SPANS)}",
+    "span": "where a document is cut: at any char, between any token, at line starts, or mixed: a quarter of "
+            "the examples at line starts, the others at any char",
     "max_document_tokens": "cut longer documents into several first, so that a short training sees more "
                            "examples (not in the FIM paper); 0: leave them whole",
     "mask_region": "what may be masked: the whole copy, or only its answer",

@@ -53,12 +53,13 @@ def paper(n_layer, n_embd, n_head, lr, params, batch=2**19):
 
 # A CPU's budget holds too few long documents for the paper's one hole per document.
 SHORT = {"max_document_tokens": 128}
-# What suits a text goes over the preset: programs are short as they are, and of few words.
-SUITS = {"programs": {"vocab_size": 1024, "fim_rate": 0.9, "max_document_tokens": 0}}
+# A text's defaults, under those of a preset: programs are short, of few words, and filled by lines, too.
+SUITS = {"programs": {"vocab_size": 1024, "block_size": 512, "batch_size": 8, "steps": 950, "eval_every": 190,
+                      "fim_rate": 0.9, "span": "mixed"}}
 # What GPT-2 has in place of rotary positions, normalised queries and keys, and the token shift.
 GPT2 = {"position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True}
 PRESETS = {
-    "toy": SHORT | {"data": "programs"},
+    "toy": SHORT | {"data": "programs:40000"},
     "toy_gpt2": SHORT | GPT2,
     "laptop": SHORT | {"n_layer": 6, "steps": 3400, "lr": 0.008, "warmup": 100, "eval_every": 425,
                        "save_every": 425},
@@ -187,11 +188,11 @@ def read_arguments(arguments=None):
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
 
-    # Flags go over what a checkpoint fixes, that over what suits the text, the preset, the defaults.
+    # Flags go over what a checkpoint fixes, that over the preset, that over what suits the text.
     objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
     defaults |= PRESETS[given.preset or defaults["preset"]]
-    defaults |= SUITS.get((given.data or defaults.get("data", "stdlib")).partition(":")[0], {})
+    defaults = SUITS.get((given.data or defaults.get("data", "")).partition(":")[0], {}) | defaults
     if given.resume:
         if not given.out:
             raise ValueError("--resume: expected --out DIR, the folder of the run to go on with")
