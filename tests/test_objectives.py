@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from inspect import getfile
-from itertools import combinations, combinations_with_replacement, pairwise, product
+from itertools import combinations, combinations_with_replacement, pairwise, permutations, product
 from math import comb, nan
 
 import numpy as np
@@ -104,7 +104,7 @@ def test_an_objective_of_ones_own_is_drawn_with_its_own_knob(tok, monkeypatch):
         (meap, "mask_ratio"), (meap_sft, "mask_ratio"), (fim, "fim_rate"), (fim, "spm_rate"))),
     (fim, "spm_layout", "jont", "one of swapped, labelled, joint"),
     (fim, "spm_layout", "swapped", "joint or labelled with spm_rate 0.5"),
-    (fim, "span", "word", "one of char, token, line"), (fim, "max_document_tokens", 15, "16 to"),
+    (fim, "span", "word", "one of char, token, line, mixed"), (fim, "max_document_tokens", 15, "16 to"),
     (meap_sft, "mask_region", "prompt", "one of copy, answer"), (meap_sft, "min_answer", -1, "0 to")])
 def test_a_refused_knob_is_named_with_what_is_expected(tok, stream, function, knob, value, expected):
     with pytest.raises(ValueError, match=f"^{knob} {value}: expected {expected}"):
@@ -149,16 +149,27 @@ def bigcode(text, first, second, tok, spm):
     return [tok.pre, *prefix, tok.suf, *suffix, tok.mid, *middle, tok.eot]
 
 
+def cuts_by_hand(text, span):
+    """{(first, second): its probability}: two uniform places; of lines two different ones."""
+    if span == "mixed":
+        both = Counter()
+        for share, of in ((0.25, "line"), (0.75, "char")):
+            both.update({cuts: share * p for cuts, p in cuts_by_hand(text, of).items()})
+        return both
+    places = range(len(text) + 1)
+    pairs = product(places, repeat=2)
+    if span == "line":
+        pairs = permutations([i for i in places if i in (0, len(text)) or text[i - 1] == "\n"], 2)
+    counts = Counter(tuple(sorted(pair)) for pair in pairs) or {(0, 0): 1}
+    return {cuts: n / sum(counts.values()) for cuts, n in counts.items()}
+
+
 def rows_by_hand(document, room, tok, span, layout, fim_rate, spm_rate):
     """{what a document may become: its probability}: all pairs of cuts, trimmed token by token."""
     text, rows, encode = [i for i in document if i != tok.eot], Counter(), list
     if span != "token":
         text, encode = tok.decode_bytes(text).decode("utf-8", "ignore"), tok.encode
-    places = range(len(text) + 1)
-    if span == "line":
-        places = [i for i in places if i in (0, len(text)) or text[i - 1] == "\n"]
-    for cuts, order in product(product(places, repeat=2), ("psm", layout)):
-        first, second = sorted(cuts)
+    for ((first, second), p), order in product(cuts_by_hand(text, span).items(), ("psm", layout)):
         prefix, middle, suffix = map(encode, (text[:first], text[first:second], text[second:]))
         whole = example = lay_out(order, prefix, middle, suffix, tok)
         if span == "char" and order in ("psm", "joint"):
@@ -167,7 +178,7 @@ def rows_by_hand(document, room, tok, span, layout, fim_rate, spm_rate):
             suffix.pop() if suffix else prefix.pop(0)
             example = lay_out(order, prefix, middle, suffix, tok)
         stays_plain = len(whole) < len(document) or len(example) > room
-        share = fim_rate * (1 - spm_rate if order == "psm" else spm_rate) / len(places) ** 2
+        share = p * fim_rate * (1 - spm_rate if order == "psm" else spm_rate)
         rows[tuple(document[:room] if stays_plain else example)] += share
     rows[tuple(document[:room])] += 1 - fim_rate
     return +rows  # those above 0
@@ -179,6 +190,7 @@ def rows_by_hand(document, room, tok, span, layout, fim_rate, spm_rate):
     ("code", "def x(é):\n", 1, 0, 60, ("char", "labelled", 0.8, 0.5)),
     ("code", "return self.x\n", 1, 0, 60, ("token", "joint", 0.5, 0.7)),
     ("languages", "a\n\nя\n語", 1, 0, 60, ("line", "swapped", 0.7, 1)),
+    ("languages", "a\nя\n語", 1, 0, 60, ("mixed", "swapped", 1, 1)),
     ("code in bytes", "", 1, 0, 60, ("char", "joint", 0.5, 0.5)),
     # it crosses the row's end, at its first document or after others, which are empty
     ("code in bytes", "abcdefg", 1, 0, 0, ("char", "joint", 1, 0.5)),
