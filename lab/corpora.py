@@ -328,7 +328,10 @@ def over_many(draw):
         noun = f"the {change[1]} of {noun}" if change[1] else f"{noun}, each {change[0]}"
     value = change[2] if change else "{x}"
     words = FOLDS[fold].words.replace("{np}", noun)
-    name = f"{fold}_{part or ((change[1] or change[0]).split()[0] if change else source)}"
+    # Two words of what it does, so that the docstring alone tells all of it.
+    of_change = (change[1] or change[0]).split()[0] if change else ""
+    about = [word for word in (fold, part, of_change, "numbers" if source == "numbers" else "range") if word]
+    name = "_".join(draw.sample(about, 2))
 
     fill = {"a": argument, "k": draw.randint(2, 9), "l": draw.randint(10, 15)}
     words, test, negation, value = (text.format(x=x, **fill) for text in (words, test, negation, value))
@@ -401,7 +404,8 @@ def piecewise(draw):
     claim, test = filled(claim.replace("are", "is"), test)
     ways = [[f"return {v} if {test} else {w}"], [f"if {test}:", f"    return {v}", f"return {w}"],
             [f"if {test}:", f"    {y} = {v}", "else:", f"    {y} = {w}", f"return {y}"]]
-    return f"if_{name}", a, "number", f"return {a} {first} if it {claim}, else {second}", draw.choice(ways)
+    name = f"{draw.choice(('if', 'number', 'change'))}_{name}"
+    return name, a, "number", f"return {a} {first} if it {claim}, else {second}", draw.choice(ways)
 
 
 @functools.lru_cache(16)
