@@ -100,8 +100,6 @@ def fim_document(document, room, tok, rng, order, spm_layout, span):
     at the start, never its middle or <EOT>. In any other example a short or empty suffix thus says that the
     document ends there. Where an example cannot be had so, the document stays as it is."""
     text = document[:-1] if document[-1] == tok.eot else document
-    if span == "mixed":
-        span = "line" if rng.random() < 0.25 else "char"
     if span == "token":
         prefix, middle, suffix = split(text, rng)
     else:  # parts are encoded each on its own, as in a prompt, so a model learns to go on inside a token
@@ -120,8 +118,9 @@ def split(text, rng, span="char"):
     """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two places, each
     uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
 
-    span "line" cuts at two different places of those where a line starts, or the text ends (section 4.5)."""
-    if span == "line":
+    span "line" cuts at two different places of those where a line starts, or the text ends (section 4.5); of
+    "mixed" a quarter of the texts is cut so."""
+    if span == "line" or span == "mixed" and rng.random() < 0.25:
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
         # Of ten lines, a tenth of the middles would be empty, and a model would leave many holes so.
         first, second = sorted(rng.choice(places, 2, replace=False))

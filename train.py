@@ -371,6 +371,7 @@ def train(config, start=None, measure=None):
     for s, handler in handlers.items():
         signal.signal(s, handler)
     if world > 1:
+        del forward  # freed after its process group, it may wait for ever
         dist.destroy_process_group()
     name = shlex.quote(config.out)
     say(f"done, saved in {config.out}; try: python sample.py --ckpt {name}" if done == config.steps else

@@ -11,7 +11,11 @@ SPM_RATE = {"fim_psm": 0.0, "fim_spm": 1.0}
 
 
 def fim_documents(stream, tok, seed, objective, knobs):
-    """stream (N,) -> a new, longer stream. objective: fim_psm, fim_spm or fim, with its knobs."""
+    """stream (N,) -> a new, longer stream. objective: fim_psm, fim_spm or fim, with its knobs. ValueError for
+    another."""
+    if objective not in ("fim_psm", "fim_spm", "fim"):
+        raise ValueError("--fim-level document: expected --objective fim, fim_psm or fim_spm, "
+                         f"got {objective}")
     rng, out = np.random.default_rng(seed), []
     knobs = {"spm_rate": SPM_RATE.get(objective), "spm_layout": "joint"} | knobs
     for document in documents_in(np.asarray(stream), tok, rng, knobs["max_document_tokens"]):

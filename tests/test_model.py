@@ -156,7 +156,7 @@ def test_a_kv_cache_is_allocated_once_and_written_in_place():
         for t in range(3, 24):
             model(IDX[:, t:t + 1], cache=cache)
     assert before == {key: part.data_ptr() for key, part in cache.parts.items()} and cache.length == 24
-    shapes = [tuple(part.shape) for part in cache.parts.values()]   # of two layers: k, v, what two shifts read
+    shapes = [tuple(part.shape) for part in cache.parts.values()]  # of 2 layers: k, v, what 2 shifts read
     assert sorted(shapes) == 4 * [(2, 2, 24, 16)] + 4 * [(2, 24, 8)]
 
 

@@ -253,7 +253,7 @@ def sync(file):
 with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
     ports = [str(free.getsockname()[1]) for free in (one, two)]
 os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "RANK": "0" if os.fork() else "1"}
-signal.alarm(100)  # should they wait for each other, they end
+signal.alarm(200)  # should they wait for each other, they end
 os.fsync, train.learning_rate = sync, stop
 for arguments, os.environ["MASTER_PORT"] in zip((sys.argv[1:], ["--resume", *sys.argv[-2:]]), ports):
     train.main(arguments)
