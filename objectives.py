@@ -123,9 +123,9 @@ def split(text, rng, span="char"):
     if span == "line" or span == "mixed" and rng.random() < 0.25:
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
         # Of ten lines, a tenth of the middles would be empty, and a model would leave many holes so.
-        first, second = sorted(rng.choice(places, 2, replace=False))
+        first, second = sorted(rng.choice(places, 2, replace=False).tolist())
     else:
-        first, second = sorted(rng.integers(0, len(text) + 1, 2))
+        first, second = sorted(rng.integers(0, len(text) + 1, 2).tolist())
     return text[:first], text[first:second], text[second:]
 
 
