@@ -3,8 +3,9 @@
     git clone https://github.com/ggml-org/llama.vim
     python tests/lab/try_vim.py llama.vim out/fim_spm     # and nvim, or an editor's path
 
-A suggestion appears while one types, Tab takes it, and the file holds it. It needs Vim 9 or Neovim (0.11 will
-do, 0.7 lacks a function that the plugin calls), tmux and curl, and prints what is missing.
+A suggestion appears while one types in a function, Tab takes it, the file holds it, and the function's doctest
+passes (with the toy that README trains). It needs Vim 9 or Neovim (0.11 will do, 0.7 lacks a function that the
+plugin calls), tmux and curl, and prints what is missing.
 pytest does not run it.
 """
 import re
@@ -15,8 +16,18 @@ import tempfile
 import time
 from pathlib import Path
 
-BEFORE = "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n"
-TYPED, AFTER = "        self.items.append(item)", "\n\n    def pop(self):\n        return self.items.pop()\n"
+BEFORE = '''def sum_even(xs):
+    """The sum of the squares of the even numbers in xs.
+
+    >>> sum_even([2, 3, 4])
+    20
+    >>> sum_even([5, 6])
+    36
+    """
+    total = 0
+    for x in xs:
+'''
+TYPED, AFTER = "        if x % 2 == 0:", "\n    return total\n"
 SOCKET = "nanogap-try-vim"
 
 
@@ -56,7 +67,7 @@ def main(plugin, run, editor):
             line = BEFORE.count("\n") + 1
             tmux("-f", "/dev/null", "new-session", "-d", "-x", "120", "-y", "40",
                  f"{editor} -u {vimrc} +{line} {draft}")
-            wait_for(lambda: "def pop" in screen())
+            wait_for(lambda: "return total" in screen())
             tmux("send-keys", "Enter", f"{line}G", "i")
             typed = ""
             while len(typed) < len(TYPED):  # key by key, until a suggestion appears
@@ -71,12 +82,14 @@ def main(plugin, run, editor):
             tmux("send-keys", "Escape", ":wq", "Enter")
             wait_for(lambda: not tmux("list-sessions", check=False))
             text = draft.read_text()
+            doctest = subprocess.run([sys.executable, "-m", "doctest", draft])
         finally:
             server.terminate()
             tmux("kill-server", check=False)
     print(f"\nthe file, after Tab and :wq:\n\n{text}")
     taken = text.removeprefix(BEFORE + typed).removesuffix(AFTER)
     is_right = shown and text == BEFORE + typed + taken + AFTER and taken.lstrip().startswith(shown)
+    is_right = is_right and doctest.returncode == 0
     print("ok" if is_right else "FAILED")
     sys.exit(not is_right)
 
