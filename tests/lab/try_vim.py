@@ -3,9 +3,9 @@
     git clone https://github.com/ggml-org/llama.vim
     python tests/lab/try_vim.py llama.vim out/fim_spm     # and nvim, or an editor's path
 
-A suggestion appears while one types in a function, Tab takes it, the file holds it, and the function's doctest
-passes (with the toy that README trains). It needs Vim 9 or Neovim (0.11 will do, 0.7 lacks a function that the
-plugin calls), tmux and curl, and prints what is missing.
+A suggestion appears while one types in a function, Tab takes it, the file holds it, and the function's
+doctest passes (with the toy that README trains). It needs Vim 9 or Neovim (0.11 will do, 0.7 lacks a
+function that the plugin calls), tmux and curl, and prints what is missing.
 pytest does not run it.
 """
 import re
