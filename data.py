@@ -104,8 +104,8 @@ def wildcards(pattern):
 
 
 def read_files(files, desc="reading"):
-    """Yields (text, key) of each document: str, the text never blank. A hash of key decides its side: key is
-    the text, or what a generated corpus has in "held_out_key".
+    """Yields (text, key) of each document: str, the text never blank. A hash of the key decides whether it is
+    held out; the key is the text, or what a record has in "held_out_key", as those of generated corpora have.
 
     Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
     are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
@@ -115,7 +115,7 @@ def read_files(files, desc="reading"):
             for record in records_of(path) if kind_of(path) else [{"text": read_text(path)}]:
                 text = newlines(record["text"])
                 if text.strip():
-                    yield text, record.get("held_out_key", text)
+                    yield text, str(record.get("held_out_key", text))
         except (ValueError, PermissionError) as error:
             if len(files) == 1 or kind_of(path) == "lines":
                 raise
@@ -360,7 +360,7 @@ def prepare(source="stdlib", tokenizer="bpe", vocab_size=2048, cache_dir="cache"
     settings = tok.to_dict() if tok else [tokenizer, vocab_size, Tokenizer.PATTERN]
     digest, sides = hashlib.sha256(json.dumps(settings).encode()), set()
     for text, key in read_files(files):
-        digest.update(text.encode() + b"\0")
+        digest.update(text.encode() + b"\0" + (key.encode() if key != text else b""))
         sides.add(is_held_out(key))
     if not sides:
         raise ValueError(f"--data {source}: no text in it")

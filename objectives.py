@@ -96,9 +96,9 @@ def documents_in(ids, tok, rng, max_document_tokens=0):
 def fim_document(document, room, tok, rng, order, spm_layout, span):
     """The ids of a document -> the FIM example that takes its place, whole if it fits into room tokens.
 
-    Only the example that crosses the end of the row is made shorter: its suffix at the end, then its prefix
-    at the start, never its middle or <EOT>. In any other example a short or empty suffix thus says that the
-    document ends there. Where an example cannot be had so, the document stays as it is."""
+    Only the last example in a row is made shorter: from its suffix's end, then its prefix's start, never its
+    middle or <EOT>. In any other example a short or empty suffix thus says that the document ends there. If
+    that is not enough, the document stays as it is."""
     text = document[:-1] if document[-1] == tok.eot else document
     if span == "token":
         prefix, middle, suffix = split(text, rng)
@@ -122,7 +122,8 @@ def split(text, rng, span="char"):
     "mixed" a quarter of the texts is cut so."""
     if span == "line" or span == "mixed" and rng.random() < 0.25:
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
-        # Of ten lines, a tenth of the middles would be empty, and a model would leave many holes so.
+        # With replacement, a tenth of the middles in ten-line texts would be empty, and a model would learn
+        # to write nothing.
         first, second = sorted(rng.choice(places, 2, replace=False).tolist())
     else:
         first, second = sorted(rng.integers(0, len(text) + 1, 2).tolist())
@@ -213,22 +214,14 @@ OBJECTIVES = {
 ON_PAIRS = ("sft", "meap_sft")  # their ids are one example, prompt <MID> answer <EOT>, not a window of text
 
 
-def psm_prompt(prefix, suffix, tok, **knobs):
-    return fim_prompt(prefix, suffix, tok, "psm", None)
-
-
-def spm_prompt(prefix, suffix, tok, *, spm_layout, **knobs):
-    return fim_prompt(prefix, suffix, tok, "spm", spm_layout)
-
-
-def both_prompt(prefix, suffix, tok, *, spm_rate, **knobs):
+def trained_prompt(prefix, suffix, tok, *, spm_layout=None, spm_rate=1.0, **knobs):
     """Of a model trained in both orders: SPM, in which such models infill better (FIM, section 4.4)."""
-    return (spm_prompt if spm_rate else psm_prompt)(prefix, suffix, tok, **knobs)
+    return fim_prompt(prefix, suffix, tok, "spm" if spm_layout and spm_rate else "psm", spm_layout)
 
 
 # How a model trained under an objective is prompted for an infill: lists of ids prefix, suffix and the
 # objective's knobs -> ids, after which the model writes the middle. A name without an entry cannot infill.
-PROMPTS = {"fim_psm": psm_prompt, "fim_spm": spm_prompt, "fim": both_prompt, "fim_meap": both_prompt}
+PROMPTS = dict.fromkeys(("fim_psm", "fim_spm", "fim", "fim_meap"), trained_prompt)
 
 # The knobs in a sentence each, for train.py --help. (A knob that is not listed here works as well.)
 KNOBS = {

@@ -246,8 +246,6 @@ def load_checkpoint(path):
             warnings.simplefilter("ignore")  # torch warns of a foreign pickle, then refuses it
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             checkpoint["text"], checkpoint["config"]["knobs"]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a damaged or foreign file fails the unpickler in any way
         raise OSError(f"{file}: not a checkpoint of this version of nanogap, or damaged "
                       f"({type(error).__name__})") from None
@@ -375,7 +373,7 @@ def encode_raw(text, tok):
 
 
 def read_arguments(arguments):
-    """The command line, checked. args.mode: the flag that says what to do."""
+    """The command line, checked -> (args, mode): prompt, prefix, instruct or raw."""
     parser = Parser(description=__doc__.splitlines()[0])
     text = {"type": unescape, "metavar": "TEXT"}
     parser.add_argument("--prompt", **text, help="text to continue (\\n: line end, \\\\: backslash)")

@@ -160,15 +160,14 @@ def settings_parser(objective):
 
 def add(group, flag, default, help, values=None):
     """Adds a flag. values: its choices, or the type that converts and checks it; else the default's type."""
-    help += "" if default in ("", None) else " (default: %(default)s)"
+    help += "" if default == "" else " (default: %(default)s)"
     if isinstance(default, bool):
         group.add_argument(flag, default=default, help=help, action=argparse.BooleanOptionalAction)
     elif callable(values):
         group.add_argument(flag, default=default, help=help, type=values, metavar=values.__name__.upper())
     else:
-        kind = str if default is None else type(default)
-        group.add_argument(flag, default=default, help=help, type=kind, choices=values,
-                           metavar=None if values else kind.__name__.upper())
+        group.add_argument(flag, default=default, help=help, type=type(default), choices=values,
+                           metavar=None if values else type(default).__name__.upper())
 
 
 def flag_of(name):
@@ -188,7 +187,7 @@ def read_arguments(arguments=None):
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
 
-    # Flags go over what a checkpoint fixes, that over the preset, that over what suits the text.
+    # Defaults: what suits the text, under the preset, under what a checkpoint has. A flag goes over them all.
     objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
     defaults |= PRESETS[given.preset or defaults["preset"]]
@@ -236,7 +235,7 @@ def load_start(path, preset):
         from lab.gpt2 import load_gpt2
         start, tokenizer, data = load_gpt2(path), "gpt2", ""
     fixed = start["model_config"] | {"tokenizer": tokenizer}
-    del fixed["attention"], fixed["dropout"]  # these have no weights, as rotary positions have none
+    del fixed["attention"], fixed["dropout"]  # free to change: neither has weights, nor have rotary positions
     if fixed["position"] == "rope" and "block_size" in preset:
         del fixed["block_size"]
     return {"model": start["model"], "tokenizer": start["tokenizer"], "data": data}, fixed
@@ -388,7 +387,8 @@ def make_data(config, start, rank, world):
         dist.barrier()  # until rank 0 has made the cache
     if config.objective in ON_PAIRS:
         from lab.pairs import prepare_pairs
-        data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective, *shape)
+        data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective, *shape,
+                             config.cache_dir)
     else:
         tok, stream, held_out, text = prepare(config.data, config.tokenizer, config.vocab_size,
                                               config.cache_dir, tok)
@@ -422,8 +422,8 @@ def make_model(config, n_vocab, device):
 # Learning rate and optimisers
 
 def learning_rate(step, config):
-    """Linear warm-up to the peak lr, then linear decay towards final_lr * lr, which it would reach at the
-    step after the last. step counts from 0."""
+    """Linear warm-up to the peak lr, then linear decay that would reach final_lr * lr one step after the
+    last. step counts from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = (step - config.warmup) / (config.steps - config.warmup)

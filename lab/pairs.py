@@ -25,14 +25,15 @@ from lab.corpora import body_start
 from objectives import IGNORE, sft
 
 
-def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed):
+def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, batch_size, seed,
+                  cache_dir="cache"):
     """-> (Tokenizer, PairBatches, held_out_rows, a name of the pairs by their content).
 
     source: functions, programs, or a file, folder or glob of .json[l][.gz]. tok: None, or a Tokenizer in
     place of a new one. objective: sft or meap_sft with its knobs bound. held_out_rows(n): at most n rows,
     (inputs, targets) of T ids each, laid out by sft whatever the objective, so that one figure compares both.
     Raises ValueError or OSError."""
-    training, held_out = load_pairs(source)
+    training, held_out = load_pairs(source, cache_dir)
     name = hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()[:16]
     tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in training for text in pair))
     training, held_out = encode_pairs(training, tok), encode_pairs(held_out, tok)
@@ -47,7 +48,7 @@ def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, bat
     return tok, batches, held_out_rows, name
 
 
-def load_pairs(source):
+def load_pairs(source, cache_dir="cache"):
     """source -> (training pairs, held-out pairs), lists of (prompt, answer) as texts. ValueError or OSError.
 
     5% are held out by a hash of the pair; of functions by a hash of the file they stand in, so that a model
@@ -57,8 +58,8 @@ def load_pairs(source):
     if source == "functions":
         with_key = function_pairs()
     elif source.partition(":")[0] == "programs":
-        documents = [(text, body_start(text), key) for text, key in read_files(source_files(source))]
-        with_key = [((text[:start], text[start:]), key) for text, start, key in documents]
+        documents = read_files(source_files(source, cache_dir))
+        with_key = [((text[:(start := body_start(text))], text[start:]), key) for text, key in documents]
     else:
         with_key = [(pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
     held_out = {key: is_held_out(key) for key in {key for _, key in with_key}}
