@@ -17,7 +17,7 @@
                = owl tea        one, two or three hops away
                ? fox tea
     programs   a short Python function with a docstring  passes(text, document): does a text do what the
-               and two doctest examples                  document's function does; holes(...): what to fill
+               and two doctest examples                  document's function does; hole(...): what to fill
 
 A document is a pure function of (name, seed, index). `--data` draws with seed 0; measure with another seed.
 """
@@ -354,16 +354,15 @@ def bodies(source, fold, name, argument, x, test, negation, value):
     if way.two_steps:
         ways.append([f"kept = [{comprehension}]", "return " + way.two_steps.format(**fill)])
 
-    # A loop: what stands before it, its first lines, what is done with an element that passes.
+    # A loop: what stands before it, what follows it, what is done with an element that passes.
     before = f"{result} = {way.start}".split("\n") if way.start else []
     after = "return " + way.end.format(**fill)
-    header = [f"for {x} in {many}:"]
     step = way.step.format(**fill).split("\n")
     if fold in ("max", "min") and value != x:
         step = [f"value = {value}", *way.step.format(**fill | {"v": "value"}).split("\n")]
     test_inside = negation if fold == "all" else test
     inside = [f"if {test_inside}:", *indented(step)] if test else step
-    ways.append([*before, *header, *indented(inside), after])
+    ways.append([*before, f"for {x} in {many}:", *indented(inside), after])
 
     # Recursion: nothing is left; else one element, and the result of the rest.
     if way.recursion:

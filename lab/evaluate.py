@@ -266,9 +266,9 @@ def programs(model, tok, a):
     most = model.config.block_size // 3
 
     def passing(name, texts, prompts, ends):
-        """Fills each hole, (prefix, suffix); ends: what follows the generated text."""
+        """Runs what the model writes after each prompt: the hole's prefix, the text, what ends has for it."""
         drawn = continuations(model, tok, prompts, most, a.n, a.temperature, a.seed, f"programs, {name}")
-        made = [[(prefix + tok.decode(ids) + end, text) for ids, _ in samples]
+        made = [[(prefix + sample.text + end, text) for sample in best_first(samples, tok)]
                 for samples, (text, prefix, _, _), end in zip(drawn, texts, ends)]
         passed = iter(passes_all([pair for pairs in made for pair in pairs]))
         passed = [[next(passed) for _ in pairs] for pairs in made]              # (holes, n)
@@ -276,9 +276,7 @@ def programs(model, tok, a):
             figures[name + (f", pass@{k}" if a.n > 1 else "")] = figure(
                 [pass_at_k(a.n, sum(of_hole), k) for of_hole in passed])
         if a.n > 1:
-            best = [max(range(a.n), key=lambda i: (samples[i][0][-1] == tok.eot, samples[i][1]))
-                    for samples in drawn]
-            figures[f"{name}, best of {a.n}"] = figure([p[i] for p, i in zip(passed, best)])
+            figures[f"{name}, best of {a.n}"] = figure([of_hole[0] for of_hole in passed])
 
     for kind, words in (("line", "one line"), ("lines", "several lines"), ("span", "random span")):
         rng = np.random.default_rng(a.seed)

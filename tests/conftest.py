@@ -3,6 +3,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -82,6 +83,18 @@ def small_model(n_vocab, block_size=24, **settings):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model.eval()
+
+
+def run_main(main, capsys, *arguments):
+    """Runs a script's main -> what it prints, and its exit code with the one line of a refusal."""
+    code = 0
+    try:
+        main([*arguments])
+    except SystemExit as stop:
+        code = stop.code
+    shown = capsys.readouterr()
+    assert not code or shown.err.count("\n") == 1 and "Traceback" not in shown.err
+    return SimpleNamespace(out=shown.out, err=shown.err, code=code)
 
 
 def save_run(folder, model, tok, objective="ntp", **settings):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import save_run, small_model
+from conftest import run_main, save_run, small_model
 
 import sample
 from data import Tokenizer
@@ -230,14 +230,8 @@ def runs(tmp_path_factory, tok):
 def cli(runs, capsys, monkeypatch):
     """Runs sample.py among the runs -> what it prints, and its exit code with the one line of a refusal."""
     def call(*arguments, ckpt="fim"):
-        code = 0
-        try:
-            sample.main(["--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        shown = capsys.readouterr()
-        assert not code or shown.err.count("\n") == 1 and "Traceback" not in shown.err
-        return SimpleNamespace(out=shown.out, err=shown.err, code=code)
+        flags = "--ckpt", str(ckpt), "--device", "cpu", "--max-new-tokens", "12"
+        return run_main(sample.main, capsys, *flags, *arguments)
 
     monkeypatch.chdir(runs)
     return call

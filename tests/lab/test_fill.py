@@ -1,11 +1,10 @@
 """lab.fill: what it prints for a file with a hole, and that writing leaves the rest of the file as it was."""
 import os
 import re
-from types import SimpleNamespace
 
 import pytest
 
-from conftest import save_run, small_model
+from conftest import run_main, save_run, small_model
 from lab import fill
 from sample import infill, load_model
 
@@ -22,14 +21,8 @@ def run(tmp_path_factory, tok):
 def cli(run, tmp_path, capsys, monkeypatch):
     """Runs lab.fill among the files of a test -> what it prints, its exit code; an error is one line."""
     def call(*arguments):
-        code = 0
-        try:
-            fill.main(["--ckpt", str(run), "--device", "cpu", "--max-new-tokens", "12", *arguments])
-        except SystemExit as stop:
-            code = stop.code
-        shown = capsys.readouterr()
-        assert not code or shown.err.count("\n") == 1 and "Traceback" not in shown.err
-        return SimpleNamespace(out=shown.out, err=shown.err, code=code)
+        flags = "--ckpt", str(run), "--device", "cpu", "--max-new-tokens", "12"
+        return run_main(fill.main, capsys, *flags, *arguments)
 
     monkeypatch.chdir(tmp_path)
     return call
