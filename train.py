@@ -11,6 +11,7 @@ From top to bottom: presets and settings, the loop, learning rate and optimisers
 and what the loop needs from the machine: processes, arithmetic, files.
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 import timeit
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -630,6 +631,15 @@ def all_reduce_mean(x, world):
     return x
 
 
+def keep_freed_memory():
+    """Tells glibc to keep freed memory for the next tensors. It would return large blocks to the system and
+    take them again, a page fault for every 4 kB: 12% of a step on a CPU. Elsewhere it does nothing."""
+    with suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
+
+
 def is_bf16_faster(device):
     """True if the device computes faster in bf16 than in fp32. On a CPU, products are timed: AVX512-BF16
     halves their time on AMD's Zen 4, but doubles it on a Xeon whose AMX is off; elsewhere it is emulated."""
@@ -679,6 +689,7 @@ def save_checkpoint(path, checkpoint):
 
 @one_line_errors
 def main(arguments=None):
+    keep_freed_memory()
     train(*read_arguments(arguments))
 
 
