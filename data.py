@@ -36,7 +36,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-GENERATED = ("markov", "relay", "records", "chains", "programs")  # --data names of lab/corpora.py
+GENERATED = ("markov", "relay", "records", "haystack", "chains", "programs")  # --data names of lab/corpora.py
 HELD_OUT = 0.05
 SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 # Standard library modules whose doctests lab/evaluate.py runs: --data stdlib leaves them out of training.

@@ -1,346 +1,577 @@
-"""Every claim of the two papers, run again at toy size on corpora whose truth is known.
+"""Every claim of the two papers, decided at toy size on text whose truth is known.
 
-    python -m lab.claims                              all: an afternoon on 2 cores; writes docs/claims.md
-    python -m lab.claims --only fim_for_free orders   two of them: writes out/claims/claims.md
-    python -m lab.claims --export F.jsonl --ckpt DIR  a model's continuations, for whoever has a judge
+    python -m lab.claims                            all of it; writes docs/claims.md and its figures
+    python -m lab.claims --only orders spans        two claims: writes out/claims/claims.md
+    python -m lab.claims --pilot                    four other seeds of each arm: how many seeds a check needs
+    python -m lab.claims --run markov-ntp-1         a single training
 
-Stopped, the same command goes on where it was. ARMS: what is trained. CLAIMS: what each paper says, what is
-measured, and the bounds that decide, written before the runs. rerun.py does the rest.
+Stopped, the same command goes on. ARMS: what is trained, as flags of train.py. CLAIMS: functions of the
+results r, where r("markov-ntp", "excess") are the figures of that arm's seeds. The docstring of a claim says
+what the paper says, what is done here, and what it means. probes.py measures, rerun.py trains and judges.
 """
+import inspect
 import json
+import math
 import os
-from functools import lru_cache
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
+import train
 from data import is_held_out, load_documents
 from lab import probes
-from lab.evaluate import continuations
+from lab.corpora import documents
 from lab.figures import pyplot
-from lab.rerun import Arm, Check, Claim, Results, table, train_all, train_run, write
-from sample import Parser, load_model, newest_run, one_line_errors, pick_device, within
+from lab.rerun import (Arm, Results, at_most, half_interval, judge, more, seeds_needed, seeds_to_decide,
+                       train_all, train_run, within)
+from sample import Parser, load_model, one_line_errors, pick_device
+from sample import within as number
+
+SMALL = "--n-layer 2 --n-embd 64 --eval-tokens 2048 --save-every 100000"
+MARKOV = f"--data markov:100000 --tokenizer bytes --block-size 128 --batch-size 32 --warmup 20 {SMALL}"
+STDLIB = "--data stdlib --steps 300 --eval-every 300"
+RELAY = "--data relay --vocab-size 512 --steps 300 --eval-every 300"
+LOOKUP = f"--vocab-size 512 --warmup 20 --final-lr 1 --steps 1500 --eval-every 20 {SMALL}"
+REPEAT = ("--data {out}/repeat.jsonl --vocab-size 1024 --block-size 128 --n-embd 96 --steps 600 "
+          "--eval-every 50 --eval-tokens 2048")
+PROGRAMS = "--data programs:40000 --steps 800 --eval-every 800"
 
 
-def markov(objective, steps=400, eval_every=200, base=""):
-    return Arm(f"--objective {objective} --data markov:100000 --tokenizer bytes --block-size 128 "
-               f"--batch-size 32 --steps {steps} --warmup 20 --eval-every {eval_every} --eval-tokens 4096",
-               probes.on_markov, base=base)
+def markov(objective, seeds=6, steps=400, more=""):
+    return Arm(f"--objective {objective} {MARKOV} --steps {steps} --eval-every {steps}{more}", seeds)
 
 
-def stdlib(objective):
-    return Arm(f"--objective {objective} --data stdlib --eval-every 750", probes.on_stdlib)
+def tuned(flags):
+    return markov(f"fim {flags}", 6, 200, " --init-from {out}/markov-ntp-{seed}")
 
 
-def relay(objective, steps, eval_every):
-    return Arm(f"--objective {objective} --data relay --vocab-size 512 --steps {steps} "
-               f"--eval-every {eval_every}", probes.on_relay)
+def lookup(corpus, objective, seeds, flags=""):
+    return Arm(f"--objective {objective} --data {corpus} {LOOKUP} {flags}", seeds, 0.2)
 
 
-def records(ratio):
-    return Arm(f"--objective meap --mask-ratio {ratio} --data records --vocab-size 512 --block-size 128 "
-               "--steps 600 --warmup 20 --eval-every 20 --eval-tokens 4096", probes.on_records, seeds=5)
-
-
-def chains(objective):
-    return Arm(f"--objective {objective} --data chains --vocab-size 512 --block-size 128 --batch-size 32 "
-               "--steps 400 --eval-every 50 --eval-tokens 4096", probes.on_chains)
-
-
-def answers(objective):
-    return Arm(f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 "
-               "--steps 120 --eval-every 10", probes.on_answers, base="relay-ntp")
-
-
+RATIOS, FIM_RATES = (0.05, 0.1, 0.15, 0.2, 0.3), (0.25, 0.5, 0.75, 0.9, 1.0)
 ARMS = {
-    "markov-ntp": markov("ntp", eval_every=50),
-    "markov-meap": markov("meap", eval_every=50),
-    "markov-fim-0.9": markov("fim --fim-rate 0.9", eval_every=50),
-    "markov-fim-0.25": markov("fim --fim-rate 0.25"),
-    "markov-fim-0.5": markov("fim --fim-rate 0.5"),
-    "markov-fim-0.75": markov("fim --fim-rate 0.75"),
-    "markov-fim-1.0": markov("fim --fim-rate 1.0"),
+    "markov-ntp": markov("ntp"), "markov-meap": markov("meap"),
+    **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}") for rate in FIM_RATES},
     "markov-psm": markov("fim_psm --fim-rate 0.9"),
     "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
     "markov-documents": markov("fim --fim-level document --fim-rate 0.9"),
-    "markov-tuned": markov("fim --fim-rate 0.9", 200, base="markov-ntp"),
-    "markov-tuned-slowly": markov("fim --fim-rate 0.9 --lr 0.001", 200, base="markov-ntp"),
-    "markov-tuned-0.25": markov("fim --fim-rate 0.25", 200, base="markov-ntp"),
-    "stdlib-ntp": stdlib("ntp"),
-    "stdlib-fim-0.5": stdlib("fim --fim-rate 0.5"),
-    "relay-ntp": relay("ntp", 400, 50),
-    "relay-meap": relay("meap", 400, 50),
-    "relay-line": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span line", 350, 350),
-    "relay-token": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span token", 350, 350),
-    "relay-char": relay("fim --fim-rate 0.9 --max-document-tokens 64 --span char", 350, 350),
-    "records-0.0": records(0.0),
-    "records-0.05": records(0.05),
-    "records-0.1": records(0.1),
-    "records-0.15": records(0.15),
-    "records-0.2": records(0.2),
-    "records-0.3": records(0.3),
-    "chains-ntp": chains("ntp"),
-    "chains-meap": chains("meap"),
-    "answers-sft": answers("sft"),
-    "answers-meap_sft": answers("meap_sft --min-answer 0"),
+    "markov-tuned": tuned("--fim-rate 0.9"), "markov-tuned-slowly": tuned("--fim-rate 0.9 --lr 0.001"),
+    "markov-tuned-0.25": tuned("--fim-rate 0.25"),
+    "stdlib-ntp": Arm(f"--objective ntp {STDLIB}", 4),
+    "stdlib-fim": Arm(f"--objective fim --fim-rate 0.5 {STDLIB}", 4),
+    **{f"programs-{span}": Arm(f"--objective fim --fim-rate 0.9 --span {span} {PROGRAMS}", 3)
+       for span in ("char", "token", "line")},
+    **{f"records-{ratio}": lookup("records", f"meap --mask-ratio {ratio}", 40, "--block-size 128")
+       for ratio in RATIOS},
+    "records-ntp": lookup("records", "ntp", 40, "--block-size 128"),
+    "records-dropout": lookup("records", "ntp --dropout 0.1", 40, "--block-size 128"),
+    "haystack-ntp": lookup("haystack", "ntp", 24, "--block-size 128"),
+    "haystack-meap": lookup("haystack", "meap", 24, "--block-size 128"),
+    "haystack-dropout": lookup("haystack", "ntp --dropout 0.1", 24, "--block-size 128"),
+    "chains-ntp": lookup("chains", "ntp", 8), "chains-meap": lookup("chains", "meap", 8),
+    "chains-dropout": lookup("chains", "ntp --dropout 0.1", 8),
+    "relay-ntp": Arm(f"--objective ntp {RELAY}", 6), "relay-meap": Arm(f"--objective meap {RELAY}", 6),
+    **{f"answers-{objective.split()[0]}": Arm(
+        f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 --steps 120 "
+        "--eval-every 10 --init-from {out}/relay-ntp-{seed}", 6)
+       for objective in ("sft", "meap_sft --min-answer 0")},
+    "repeat-ntp": Arm(f"--objective ntp {REPEAT}", 4),
+    "repeat-dropout": Arm(f"--objective ntp --dropout 0.1 {REPEAT}", 4),
+    "repeat-meap": Arm(f"--objective meap {REPEAT}", 4),
+    "repeat-fim": Arm(f"--objective fim {REPEAT}", 4),
+    "repeat-fim_meap": Arm(f"--objective fim_meap {REPEAT}", 4),
 }
-
-FIM_RATES, MASK_RATIOS = (0.25, 0.5, 0.75, 0.9, 1.0), (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
-# The bounds of a claim that two losses are equal: some 1% of markov's 1.7 bits a token, stdlib's 1.2 a byte.
-SAME = {"low": -0.015, "high": 0.015}
-ABOVE_EXACT = "left to right: bits a token above the exact"
-ABOVE_BAYES = "middle and <EOT>: bits a token above Bayes' rule"
 JOINT = "markov-fim-0.9"
-BY_RATE = ("markov-ntp", *(f"markov-fim-{rate}" for rate in FIM_RATES))
-TUNED = ("markov-tuned", "markov-tuned-slowly", "markov-tuned-0.25")
-SPANS = ("relay-line", "relay-token", "relay-char")
-NTP, MEAP = "records-0.0", "records-0.15"
-BY_RATIO = tuple(f"records-{ratio}" for ratio in MASK_RATIOS)
+# The smallest differences that would matter, written before the runs: per token or byte (1% of markov's 1.7
+# bits), of a share, of a pass rate, of the time to learn.
+more_bits, no_more_bits, same_bits = (partial(kind, delta=0.015) for kind in (more, at_most, within))
+more_share = partial(more, delta=0.1, unit="%")
+more_passes = partial(more, delta=0.05, unit="%")
+more_times = partial(more, delta=math.log(1.2), unit="times")
 
 
-# The values of a check, and the data of a panel, are functions of r, a rerun.Results. These make them.
+# FIM: the claims of Bavarian et al., 2022
+
+def fim_for_free(r, arms="markov-ntp markov-fim-0.5 stdlib-ntp stdlib-fim"):
+    """Does FIM cost anything left to right?
+
+    FIM, sections 1 and 4: with half of the documents transformed, the left-to-right test loss equals that of
+    a model trained without FIM, on code and on language, at all eight sizes.
+
+    Both are trained on equally many tokens and measured on held-out plain text. A model trained with FIM
+    expects a sentinel at the start of half of the documents. The bits for that coin are not counted, since
+    generation leaves the sentinels out.
+
+    On short and simple text FIM is free. On natural text a training of minutes is too short for that: half
+    of its tokens stand in another order, and it has no tokens to spare."""
+    return [same_bits("markov, bits per token: fim minus ntp",
+                      r("markov-fim-0.5", "excess") - r("markov-ntp", "excess")),
+            same_bits("stdlib, bits per byte: fim minus ntp",
+                      r("stdlib-fim", "bits") - r("stdlib-ntp", "bits"))]
 
 
-def minus(name, arm, other):
-    """An arm's figure minus another arm's, seed by seed."""
-    return lambda r: r(arm, name) - r(other, name)
+def fim_rate(r, arms=" ".join(["markov-ntp", *(f"markov-fim-{rate}" for rate in FIM_RATES)])):
+    """How much of the text may be transformed?
+
+    FIM, section 4.2: the left-to-right loss is flat up to a rate of 0.9 and worse at 1; infilling improves
+    with the rate.
+
+    On markov the bits of each document are known, so the excess over them is measured, left to right and in
+    the middle, against Bayes' rule.
+
+    A high rate costs little; a rate of 1 leaves the model without plain text to learn from."""
+    plain = r("markov-ntp", "excess")
+    return [same_bits("left to right, bits per token: rate 0.9 minus 0", r(JOINT, "excess") - plain),
+            more_bits("left to right, bits per token: rate 1 minus 0", r("markov-fim-1.0", "excess") - plain),
+            more_bits("middles in SPM, bits per token: rate 0.25 minus 0.9",
+                      above("markov-fim-0.25", "spm", r))]
 
 
-def minus_within(arm, name, other_name):
-    """One figure of an arm minus another figure of it, seed by seed."""
-    return lambda r: r(arm, name) - r(arm, other_name)
+def above(arm, order, r, other=JOINT):
+    """(seeds,): bits per token of the middles of an arm, minus those of another."""
+    return r(arm, f"{order}_middle") - r(other, f"{order}_middle")
 
 
-def middles_minus(arm, other):
-    """Bits of middle and <EOT> above Bayes' rule, a mean over PSM and SPM."""
-    return lambda r: (r(arm, "psm_middle") + r(arm, "spm_middle") - r(other, "psm_middle")
-                      - r(other, "spm_middle")) / 2
+def orders(r, arms=f"{JOINT} markov-psm markov-spm"):
+    """Prefix first, suffix first, or both?
+
+    FIM, section 4.3: trained on both orders at a rate of 0.9, 39.7% of random spans pass in PSM and 42.0% in
+    SPM; trained on PSM alone 36.2% and 27.4%; on SPM alone 0.7% and 38.6% (single lines: 61.6, 62.2; 58.3,
+    62.5; 2.3, 58.6).
+
+    The same three trainings on markov; middles are measured in both orders against Bayes' rule.
+
+    Train on both orders: the model then serves both prompts. Of the single orders PSM is the safer one: a
+    joint SPM example, <PRE> <SUF> suffix <MID> prefix middle, is a PSM example whose prefix is empty."""
+    return [more_bits("both orders: PSM minus SPM", r(JOINT, "psm_middle") - r(JOINT, "spm_middle")),
+            no_more_bits("in PSM: both orders minus PSM alone", above(JOINT, "psm", r, "markov-psm")),
+            no_more_bits("in SPM: both orders minus SPM alone", above(JOINT, "spm", r, "markov-spm")),
+            more("in PSM: SPM alone minus both orders", above("markov-spm", "psm", r), 0.1),
+            at_most("in SPM: PSM alone minus both orders", above("markov-psm", "spm", r), 0.1)]
 
 
-def until_minus(arm, other, x="step"):
-    """The steps (or epochs) until 90% are right, an arm's minus another's."""
-    return lambda r: r.until(arm, "recall", x=x) - r.until(other, "recall", x=x)
+def context_level(r, arms=f"{JOINT} markov-documents"):
+    """Transform before or after the text is cut into windows?
+
+    FIM, section 4.4: within the context, infilling is better than on whole documents at every size, though
+    the left-to-right loss hardly differs.
+
+    On whole documents a window may cut an example: the model then sees a middle without its prompt.
+
+    It matters as much as windows cut documents: little where documents are far shorter than the context."""
+    other = "markov-documents"
+    return [*(more_bits(f"middles in {order.upper()}, bits per token: document level minus context level",
+                        above(other, order, r)) for order in probes.ORDERS),
+            same_bits("left to right, bits per token: the same", r(other, "excess") - r(JOINT, "excess"))]
 
 
-@lru_cache
-def attention_changes(out):
-    """Of each seed: probes.attention_change, from NTP to MEAP."""
-    pairs = [[load_model(Path(out, f"{arm}-{seed}"))[:2] for arm in (NTP, MEAP)]
-             for seed in range(1, ARMS[MEAP].seeds + 1)]
-    return [probes.attention_change(plain, masked, tok) for (plain, tok), (masked, _) in pairs]
+def spans(r, arms="programs-line programs-token programs-char"):
+    """Cut at lines, tokens or characters?
+
+    FIM, section 4.5 (Medium; single line, several lines, random span): cuts at lines pass 58.6, 26.9 and
+    1.5%, at tokens 54.8, 24.2 and 10.2%, at characters 55.7, 25.0 and 32.1%.
+
+    Three trainings on programs; held-out functions are filled greedily in SPM and run.
+
+    Cut where your users' cursors stand. Only cuts at characters teach a model to go on inside a word."""
+    return [more_passes(f"{name}: cuts at {cut}s minus {other}s",
+                        r(f"programs-{cut}", f"spm_{hole}") - r(f"programs-{other}", f"spm_{hole}"))
+            for name, hole, cut, other in (
+                ("one line", "line", "line", "char"), ("several lines", "lines", "line", "char"),
+                ("random spans", "span", "char", "line"), ("random spans", "span", "char", "token"))]
 
 
-def attention(name):
-    """A figure of probes.attention_change, one a seed."""
-    return lambda r: np.array([change[name] for change in attention_changes(r.out)])
+def fine_tuning(r, arms=f"{JOINT} markov-tuned markov-tuned-slowly markov-tuned-0.25"):
+    """Can a finished model learn it afterwards?
+
+    FIM, section 5: of 16 settings only a rate of 0.9, the full learning rate and half of the pretraining
+    tokens again reached the model that was pretrained with FIM.
+
+    A finished ntp model of markov is trained for half of its steps again in three settings.
+
+    Train with FIM from the start. Afterwards, take the full learning rate and a high rate."""
+    return [no_more_bits("middles in SPM, bits per token: tuned so minus pretrained",
+                         above("markov-tuned", "spm", r)),
+            more_bits("... at a tenth of the learning rate", above("markov-tuned-slowly", "spm", r)),
+            more_bits("... at a rate of 0.25", above("markov-tuned-0.25", "spm", r))]
 
 
-def each(name, *arms):
-    """Bars: a figure of several arms."""
-    return lambda r: {arm: r(arm, name) for arm in arms}
+def middle_is_cheaper(r, arms=JOINT):
+    """Does a suffix make the middle likelier?
+
+    FIM, section 2: P(middle | prefix, suffix) under FIM is above P(middle | prefix) left to right, but a
+    whole example is harder to predict than the plain text.
+
+    Both are measured on markov, the first beside what Bayes' rule can save.
+
+    The suffix saves nearly all that it can save. The price is paid in the parts that begin in the middle."""
+    return [*(more(f"{order.upper()}: bits that the suffix saves in a middle and its <EOT>",
+                   r(JOINT, f"{order}_saved"), 0.1, exact=r(JOINT, f"bayes_{order}_saved").mean())
+              for order in probes.ORDERS),
+            *(more_bits(f"{order.upper()}: bits of an example above those of its text, per letter",
+                        r(JOINT, f"{order}_example")) for order in probes.ORDERS)]
 
 
-def each_order(name):
-    """Bars: a figure of JOINT in PSM and in SPM."""
-    return lambda r: {order: r(JOINT, f"{order}_{name}") for order in ("psm", "spm")}
+def reads_the_suffix(r, arms=JOINT):
+    """Does the model read the suffix, or does it guess?
+
+    FIM, section 3 and appendix H.3: a model that emits <EOT> says that its middle joins the suffix.
+
+    P(<EOT>) at the true end of a middle, against elsewhere in the middle and, the control, at the same place
+    before the suffix of another document. The exact answer is Bayes' rule.
+
+    A model of 0.1 M parameters reads the suffix nearly as well as is possible where the text is simple."""
+    return [more_share(f"{order.upper()}: P(<EOT>) at the true end minus {text}",
+                       r(JOINT, f"{order}_end") - r(JOINT, f"{order}_{name}"),
+                       exact=(r(JOINT, f"bayes_{order}_end") - r(JOINT, f"bayes_{order}_{name}")).mean())
+            for order in probes.ORDERS
+            for name, text in (("elsewhere", "elsewhere in it"), ("another", "before another suffix"))]
 
 
-def over(x, name, *arms):
-    """Lines: a figure over the steps or epochs of training, a line an arm."""
-    return lambda r: {arm: r.curve(arm, name, x) for arm in arms}
+def best_of_n(r, arms="programs-char"):
+    """Is the best of several samples better?
+
+    FIM, appendix H.3: of n samples prefer those that end in <EOT>, then the likeliest.
+
+    Eight samples at temperature 0.8 for a missing line of held-out functions; the chosen one is run.
+
+    Draw several samples and rank them. Where nearly all samples end, likelihood alone ranks them as well."""
+    best = r(arms, "spm_best")
+    return [more_passes("one line: best of 8 minus a single sample", best - r(arms, "spm_sample")),
+            more_passes("... minus the likeliest of 8, <EOT> or not", best - r(arms, "spm_likeliest"))]
 
 
-def groups(name, *arms):
-    """Lines: shares by number of records or by distance, as a probe listed them, a line an arm."""
-    return lambda r: {arm: r.groups(arm, name) for arm in arms}
+# MEAP: the claims of Zhuang et al., 2025
+
+def race(r, corpus, arm):
+    """Checks: how many times as many steps ntp, and ntp with dropout, take as an arm with masks does."""
+    return [more_times(f"steps to answer 90%: {label} over MEAP",
+                       r.log_steps(f"{corpus}-{base}") - r.log_steps(f"{corpus}-{arm}"))
+            for base, label in (("ntp", "NTP"), ("dropout", "NTP with dropout"))]
 
 
-def by(xs, arms, *names):
-    """Lines: figures over a setting, such as the FIM rate, whose values xs belong to the arms."""
-    return lambda r: {name: (xs, np.stack([r(arm, name) for arm in arms], axis=1)) for name in names}
+def recall(r, arms="records-ntp records-0.15 records-dropout"):
+    """Do masks help to learn to look things up?
+
+    MEAP, needle in a haystack: after 40, 60 and 200 B tokens NTP finds .659, .528 and .871 of the needles,
+    MEAP .802, .858 and .982.
+
+    records: up to 16 keys and values, then questions. A run goes on at a constant learning rate until it
+    answers 90%; what is compared is how many steps that takes. Dropout is the control: it hides inputs, too.
+
+    Do not expect masks to teach a small model to look things up sooner."""
+    return race(r, "records", "0.15")
 
 
-def kinds(prefix, arms, *names):
-    """Lines: figures of several kinds side by side, such as single, multi, span; a line an arm."""
-    return lambda r: {arm: (names, np.stack([r(arm, prefix + name) for name in names], axis=1))
-                      for arm in arms}
+def distractors(r, arms="haystack-ntp haystack-meap haystack-dropout"):
+    """... among text that does not matter?
+
+    MEAP, multi-document question answering: +30.6% with 10 documents, +27.2% with 20 and the answer in the
+    last one, +5.1% in the tenth.
+
+    haystack: two to six records among 4 to 24 lines of the same words that are never asked for.
+
+    This is the case for which masks are meant: few facts in much text."""
+    return [*race(r, "haystack", "meap"),
+            more_share("records farther away than the median, share answered at the end: MEAP minus NTP",
+                       r("haystack-meap", "far") - r("haystack-ntp", "far"))]
 
 
-CLAIMS = {
-    "fim_for_free": Claim(
-        "FIM, claim 1", "At a FIM rate of 0.5, left-to-right loss equals that of training without FIM.",
-        ("markov-ntp", "markov-fim-0.5", "stdlib-ntp", "stdlib-fim-0.5"),
-        [Check("markov: bits a token, without the coin for plain or FIM: fim minus ntp",
-               minus("excess", "markov-fim-0.5", "markov-ntp"), **SAME),
-         Check("stdlib: bits a byte, the same", minus("bits", "stdlib-fim-0.5", "stdlib-ntp"), **SAME)],
-        [(ABOVE_EXACT, each("excess", "markov-ntp", "markov-fim-0.5")),
-         ("bits a token for the coin: plain or FIM?", lambda r: {
-             "markov-fim-0.5": r("markov-fim-0.5", "coin"), "one bit a document": np.array([1 / 21])}),
-         ("stdlib: bits a byte above ntp's", lambda r: {
-             "stdlib-fim-0.5": minus("bits", "stdlib-fim-0.5", "stdlib-ntp")(r)})]),
-    "fim_rate": Claim(
-        "FIM, claim 2", "Left-to-right loss is flat up to a rate of 0.9 and worse at 1; infilling improves "
-        "with the rate.", BY_RATE,
-        [Check("left to right, rate 0.9 minus 0", minus("excess", JOINT, "markov-ntp"), **SAME),
-         Check("left to right, rate 1 minus 0", minus("excess", "markov-fim-1.0", "markov-ntp"), low=0.015),
-         Check("middles, rate 0.25 minus 0.9", middles_minus("markov-fim-0.25", JOINT), low=0)],
-        [(f"{ABOVE_EXACT}, by FIM rate", by((0, *FIM_RATES), BY_RATE, "excess")),
-         (f"{ABOVE_BAYES}, by FIM rate", by(FIM_RATES, BY_RATE[1:], "psm_middle", "spm_middle"))]),
-    "orders": Claim(
-        "FIM, claim 3", "Trained on both orders, a model infills better in SPM than in PSM, and as well as a "
-        "model of that order alone; trained on one order alone, it fails in the other.",
-        (JOINT, "markov-psm", "markov-spm"),
-        [Check("joint: middles in PSM minus in SPM", minus_within(JOINT, "psm_middle", "spm_middle"), low=0),
-         Check("in PSM: joint minus PSM alone", minus("psm_middle", JOINT, "markov-psm"), high=0.015),
-         Check("in SPM: joint minus SPM alone", minus("spm_middle", JOINT, "markov-spm"), high=0.015),
-         Check("in PSM: SPM alone minus joint", minus("psm_middle", "markov-spm", JOINT), low=0.1),
-         Check("in SPM: PSM alone minus joint", minus("spm_middle", "markov-psm", JOINT), low=0.1)],
-        [(f"{order.upper()}: {ABOVE_BAYES}", each(f"{order}_middle", JOINT, "markov-psm", "markov-spm"))
-         for order in ("psm", "spm")]),
-    "context_level": Claim(
-        "FIM, claim 4", "FIM within the context infills better than FIM on whole documents, before windows "
-        "are cut; left-to-right loss hardly differs.", (JOINT, "markov-documents"),
-        [Check("middles, document level minus context level", middles_minus("markov-documents", JOINT),
-               low=0),
-         Check("left to right, the same", minus("excess", "markov-documents", JOINT), **SAME)],
-        [(f"SPM: {ABOVE_BAYES}", each("spm_middle", JOINT, "markov-documents")),
-         (ABOVE_EXACT, each("excess", JOINT, "markov-documents"))]),
-    "spans": Claim(
-        "FIM, claim 5", "Cuts at lines fill whole lines best; cuts at characters fill random spans.",
-        SPANS,
-        [Check(f"{holes} filled without error in SPM: cuts at {better}s minus {worse}s",
-               minus(f"spm_{name}", f"relay-{better}", f"relay-{worse}"), low=0, unit="%")
-         for name, holes, better, worse in (("single", "lines", "line", "char"),
-                                            ("multi", "several lines", "line", "char"),
-                                            ("span", "random spans", "char", "line"),
-                                            ("span", "random spans", "char", "token"))],
-        [(f"{order.upper()}: holes filled without error",
-          kinds(f"{order}_", SPANS, "single", "multi", "span")) for order in ("spm", "psm")]),
-    "fine_tuning": Claim(
-        "FIM, claim 6", "A finished left-to-right model reaches the one pretrained with FIM only at a rate "
-        "of 0.9, the full learning rate and half of the tokens again.", (JOINT, *TUNED),
-        [Check("middles: tuned so minus pretrained", middles_minus(TUNED[0], JOINT), high=0.015),
-         Check("... at a tenth of the learning rate", middles_minus(TUNED[1], JOINT), low=0.015),
-         Check("... at a rate of 0.25", middles_minus(TUNED[2], JOINT), low=0.015)],
-        [(f"{order.upper()}: {ABOVE_BAYES}", each(f"{order}_middle", JOINT, *TUNED))
-         for order in ("psm", "spm")]),
-    "middle_is_cheaper": Claim(
-        "FIM, claim 7", "A middle is likelier given prefix and suffix than given the prefix alone; a whole "
-        "FIM example is less likely than the plain text.", (JOINT,),
-        [*(Check(f"{order.upper()}: bits that the suffix saves in a middle and its <EOT>",
-                 lambda r, order=order: r(JOINT, f"{order}_saved"), low=0,
-                 exact=lambda r, order=order: r(JOINT, f"bayes_{order}_saved")) for order in ("psm", "spm")),
-         *(Check(f"{order.upper()}: bits of an example above its text's, by letter",
-                 lambda r, order=order: r(JOINT, f"{order}_example"), low=0) for order in ("psm", "spm"))],
-        [("bits that the suffix saves in a middle and its <EOT>", lambda r: {
-            label + order: r(JOINT, f"{kind}{order}_saved") for order in ("psm", "spm")
-            for label, kind in (("", ""), ("exact: ", "bayes_"))}),
-         ("bits of an example above its text's, by letter", each_order("example"))]),
-    "reads_the_suffix": Claim(
-        "FIM, on <EOT>", "A model emits <EOT> where the middle joins the suffix, and only there.", (JOINT,),
-        [Check(f"{order.upper()}: P(<EOT>) at the true end minus {text}",
-               minus_within(JOINT, f"{order}_end", f"{order}_{name}"), low=0.1, unit="%",
-               exact=minus_within(JOINT, f"bayes_{order}_end", f"bayes_{order}_{name}"))
-         for order in ("psm", "spm") for name, text in (
-             ("elsewhere", "elsewhere in the middle"), ("another", "before another text"),
-             ("later", "before the suffix one letter later"))],
-        [(f"{order.upper()}: P(<EOT>), the model's over the exact",
-          lambda r, order=order: r.log[JOINT][0][-1][f"{order}_scatter"]) for order in ("psm", "spm")]),
-    "best_of_n": Claim(
-        "FIM, appendix H.3", "Of n samples, prefer those that end in <EOT>, then the likeliest.", SPANS[:1],
-        [Check("lines filled without error in SPM: best of 8 minus a single sample",
-               minus_within("relay-line", "spm_best", "spm_sample"), low=0, unit="%"),
-         Check("... minus the likeliest of 8, <EOT> or not",
-               minus_within("relay-line", "spm_best", "spm_likeliest"), low=0, unit="%")],
-        [(f"{order.upper()}: lines filled without error",
-          kinds(f"{order}_", SPANS[:1], "sample", "likeliest", "best")) for order in ("spm", "psm")]),
-    "recall": Claim(
-        "MEAP, claim 9", "MEAP retrieves what stands in the context better than NTP, and after fewer tokens.",
-        (NTP, MEAP),
-        [Check("questions answered at the end, MEAP minus NTP", minus("recall", MEAP, NTP), low=0, unit="%"),
-         Check("steps until 90% are answered, NTP minus MEAP", until_minus(NTP, MEAP), low=0, unit="steps")],
-        [("questions answered, over steps", over("step", "recall", NTP, MEAP)),
-         ("steps until 90% are answered", lambda r: {arm: r.until(arm, "recall") for arm in (NTP, MEAP)}),
-         ("questions answered, by the number of records", groups("by_records", NTP, MEAP))]),
-    "position": Claim(
-        "MEAP, claim 10", "MEAP's gain is there wherever the answer stands.", (NTP, MEAP),
-        [Check("answered, record 12 lines away or more, MEAP minus NTP", minus("far", MEAP, NTP), low=0,
-               unit="%")],
-        [("questions answered, by lines from the record", groups("by_distance", NTP, MEAP)),
-         ("answered, record 12 lines away or more", each("far", NTP, MEAP))]),
-    "several_hops": Claim(
-        "MEAP, claim 11", "MEAP answers questions that need several records better than NTP.",
-        ("chains-ntp", "chains-meap"),
-        [Check(f"questions of {hops} hops answered, MEAP minus NTP",
-               minus(f"hops_{hops}", "chains-meap", "chains-ntp"), low=0, unit="%") for hops in (2, 3)],
-        [("questions answered, over steps", over("step", "recall", "chains-ntp", "chains-meap")),
-         ("questions answered, by hops", kinds("hops_", ("chains-ntp", "chains-meap"), "1", "2", "3"))]),
-    "language_modelling": Claim(
-        "MEAP, claim 12", "Language modelling is no worse under MEAP.", ("markov-ntp", "markov-meap"),
-        [Check("bits a token, MEAP minus NTP", minus("excess", "markov-meap", "markov-ntp"), high=0.015)],
-        [(ABOVE_EXACT, each("excess", "markov-ntp", "markov-meap")),
-         (f"{ABOVE_EXACT}, over steps", over("step", "excess", "markov-ntp", "markov-meap"))]),
-    "hallucination": Claim(
-        "MEAP, claim 12", "Under MEAP, generated text contradicts its context less often.",
-        ("relay-ntp", "relay-meap"),
-        [Check("lines that name another gift than the text before: NTP minus MEAP",
-               minus("contradictions", "relay-ntp", "relay-meap"), low=0, unit="%"),
-         Check("lines with any error: NTP minus MEAP", minus("any_error", "relay-ntp", "relay-meap"), low=0,
-               unit="%")],
-        [("share of generated lines",
-          kinds("", ("relay-ntp", "relay-meap"), "contradictions", "any_error")),
-         ("gifts recalled, over steps", over("step", "recall", "relay-ntp", "relay-meap"))]),
-    "masked_copy": Claim(
-        "MEAP, claim 13", "Fine-tuned with a masked copy, a model answers better, and after half the epochs.",
-        ("answers-sft", "answers-meap_sft"),
-        [Check("answers right after equal steps, meap_sft minus sft",
-               minus("recall", "answers-meap_sft", "answers-sft"), low=0, unit="%"),
-         Check("epochs until 90% are right, sft minus meap_sft",
-               until_minus("answers-sft", "answers-meap_sft", "epoch"), low=0, unit="epochs")],
-        [(f"answers right, over {x}s", over(x, "recall", "answers-sft", "answers-meap_sft"))
-         for x in ("step", "epoch")]),
-    "attention": Claim(
-        "MEAP, claim 14", "From NTP to MEAP, masked positions lose attention (53%), the others get it more "
-        "unevenly (+8%), and the answer gets a larger share of the last token's.", (NTP, MEAP),
-        [Check("fall at masked positions", attention("decay"), low=0, unit="%"),
-         Check("rise of the variance elsewhere", attention("variance_rise"), low=0, unit="%"),
-         Check("rise of the share on the record that answers", attention("answer_rise"), low=0, unit="%")],
-        [("change from NTP to MEAP", lambda r: {
-            name: attention(name)(r) for name in ("decay", "variance_rise")}),
-         ("last token's attention on the record that answers", lambda r: {
-             name: attention(name)(r) for name in ("plain_answer", "masked_answer")})]),
-    "mask_ratio": Claim(
-        "MEAP, claim 15", "A mask ratio of 0.15 is the best of 0.05, 0.10, 0.15 and 0.20.", BY_RATIO,
-        [Check(f"steps until 90% are answered, ratio {ratio} minus 0.15",
-               until_minus(f"records-{ratio}", MEAP), low=0, unit="steps") for ratio in (0.05, 0.1, 0.2)],
-        [("questions answered, by mask ratio", by(MASK_RATIOS, BY_RATIO, "recall")),
-         ("steps until 90% are answered, by mask ratio", lambda r: {"": (MASK_RATIOS, np.stack(
-             [r.until(arm, "recall") for arm in BY_RATIO], axis=1))})]),
-}
-# One picture for a lecture: models against the exact answer, over training.
-LEARNING = [
-    (f"{ABOVE_EXACT}, over steps", over("step", "excess", "markov-ntp", "markov-meap", JOINT)),
-    (f"{JOINT}, SPM: P(<EOT>), over steps", lambda r: {
-        kind + label: r.curve(JOINT, f"{prefix}spm_{name}") for label, name in (
-            ("true end", "end"), ("before another text", "another"), ("elsewhere", "elsewhere"))
-        for kind, prefix in (("", ""), ("exact: ", "bayes_"))})]
+def several_hops(r, arms="chains-ntp chains-meap chains-dropout"):
+    """... over several hops?
+
+    MEAP, multi-needle reasoning (M-RS), 8K to 32K: +6.6 points on average.
+
+    chains: a record's value may be the key of the next; questions need one to three records.
+
+    The same race, where what was found must be looked up again."""
+    return race(r, "chains", "meap")
 
 
-def export(path, ckpt, source, n=100):
-    """Writes how a model goes on from the beginnings of n held-out documents, as a .jsonl of
-    {"prompt", "completion", "reference"}; each has half of the context."""
-    model, tok, _ = load_model(ckpt, pick_device("auto"))
-    half = model.config.block_size // 2
-    rows = [tok.encode(text) for text in load_documents(source) if is_held_out(text)]
-    rows = [ids for ids in rows if len(ids) > half][:n]
-    if not rows:
-        raise ValueError(f"--data {source}: no held-out document of it has more than {half} tokens")
-    drawn = continuations(model, tok, [ids[:half] for ids in rows], half, temperature=1.0, desc="export")
-    with open(path, "w", encoding="utf-8") as f:
-        for ids, [(completion, _)] in zip(rows, drawn):
-            parts = {"prompt": ids[:half], "completion": completion, "reference": ids[half:2 * half]}
-            f.write(json.dumps({name: tok.decode(part) for name, part in parts.items()}) + "\n")
-    print(f"{len(rows)} continuations in {path}")
+def mask_ratio(r, arms=" ".join(f"records-{ratio}" for ratio in RATIOS)):
+    """Is 15% the best share to mask?
+
+    MEAP, ablation: 0.15 is the best of 0.05, 0.10, 0.15 and 0.20 in pretraining.
+
+    The race of records at five ratios.
+
+    A small model does not tell the ratios apart, up to a point where masks hide too much."""
+    return [more_times(f"steps to answer 90%: ratio {ratio} over 0.15",
+                       r.log_steps(f"records-{ratio}") - r.log_steps("records-0.15"))
+            for ratio in RATIOS if ratio != 0.15]
+
+
+def language_modelling(r, arms="markov-ntp markov-meap"):
+    """Is plain text predicted as well?
+
+    MEAP, language modelling and commonsense: no worse than NTP.
+
+    Held-out markov, without masks, in bits above the exact number.
+
+    Masks do no harm there."""
+    return [no_more_bits("bits per token: MEAP minus NTP",
+                         r("markov-meap", "excess") - r("markov-ntp", "excess"))]
+
+
+def hallucination(r, arms="relay-ntp relay-meap"):
+    """Does the model contradict its context less?
+
+    MEAP, contextual hallucination: the share of summaries that judges find free of it rises from .14 to .16
+    (XSum), .10 to .13 (MultiNews), .19 to .24 (WikiSum).
+
+    relay: who gives what stays the same within a document, so each line that a model writes can be checked.
+    The paper's gains are 2 to 5 points, so 2 points would matter.
+
+    Masks are no cure for contradictions at this size."""
+    return [more(f"{text}: NTP minus MEAP", r("relay-ntp", name) - r("relay-meap", name), 0.02, "%")
+            for name, text in (("contradictions", "lines that name another gift than the text before"),
+                               ("any_error", "lines with any error"))]
+
+
+def masked_copy(r, arms="answers-sft answers-meap_sft"):
+    """Does a masked copy help in fine-tuning?
+
+    MEAP, fine-tuning (Llama-3-8B on Alpaca): commonsense 67.30 to 68.42, 20-document QA 25.56 to 37.33, and
+    half of the epochs suffice.
+
+    A finished model of relay learns to list who gave what in the text. Steps have equally many positions, and
+    an example with its copy takes two.
+
+    A copy doubles what an example costs, so it pays only where it halves the number of examples."""
+    return [more_share("gifts named rightly at the end: meap_sft minus sft",
+                       r("answers-meap_sft", "recall") - r("answers-sft", "recall")),
+            more_times("steps until 90% are right: sft over meap_sft",
+                       r.log_steps("answers-sft") - r.log_steps("answers-meap_sft"))]
+
+
+def attention(r, arms="records-ntp records-0.15"):
+    """Is attention freed from what is masked?
+
+    MEAP, analysis: from NTP to MEAP, masked positions lose 53.34% of their attention, its variance elsewhere
+    rises by 7.80%, and the answer's share of the last token's attention rises from .094 to .345.
+
+    The same figures on pairs of models that both answer 90% of records. For the variance, half of the paper's
+    rise would matter.
+
+    A model that was trained with masks ignores them. How it attends to the answer is another question."""
+    changes = []
+    for runs in zip(r.runs("records-ntp"), r.runs("records-0.15")):
+        (plain, tok), (masked, _) = (load_model(Path(r.out, run))[:2] for run in runs)
+        changes.append(probes.attention_change(plain, masked, tok))
+    decay, variance, answer = (np.array([change[name] for change in changes])
+                               for name in ("decay", "variance_rise", "answer_rise"))
+    return [more_share("fall at masked positions", decay),
+            more("rise of the variance elsewhere", variance, 0.04, "%"),
+            more_share("rise of the share on the record that answers", answer)]
+
+
+# Beside the papers
+
+def repeated_text(r, arms="repeat-ntp repeat-dropout repeat-meap repeat-fim repeat-fim_meap"):
+    """What do masks and FIM give where the text repeats?
+
+    Not a claim of these papers: masked inputs are worth 1.3 times as much text at 72 M to 1.4 B parameters
+    (arXiv 2606.06888); masks and FIM augment repeated text (arXiv 2606.16246), and so does token dropout
+    (arXiv 2512.23422).
+
+    250 kB of the standard library are read some 15 times. Bits per byte of other modules: the lowest of all
+    evaluations, and the last. Dropout is the control.
+
+    Where text is scarce, both objectives delay overfitting. So does dropout: compare with it."""
+    def last(arm):
+        return r(f"repeat-{arm}", "bits")
+
+    def lowest(arm):
+        return r.curve(f"repeat-{arm}", "bits")[1].min(1)
+    return [more_bits("at the end, bits per byte: ntp minus meap", last("ntp") - last("meap")),
+            more_bits("at the end: dropout minus meap", last("dropout") - last("meap")),
+            more_bits("lowest: ntp minus meap", lowest("ntp") - lowest("meap")),
+            more_bits("lowest: ntp minus fim", lowest("ntp") - lowest("fim")),
+            more_bits("lowest: dropout minus fim", lowest("dropout") - lowest("fim"))]
+
+
+CLAIMS = {claim.__name__: claim for claim in (
+    fim_for_free, fim_rate, orders, context_level, spans, fine_tuning, middle_is_cheaper, reads_the_suffix,
+    best_of_n, recall, distractors, several_hops, mask_ratio, language_modelling, hallucination, masked_copy,
+    attention, repeated_text)}
+
+# The page
+
+WORDS = """Written by `python -m lab.claims`, not by hand. {n_runs} trainings of models of 0.1 to 1 M
+parameters, seconds to minutes each, on {device}, {dtype}, torch {torch}.
+Their texts (`python -m lab.corpora` prints a document of each):
+
+- **markov** `{markov}`: letters, each drawn given the one before. So the bits of
+  every text and the best possible infill, by Bayes' rule, are known: the *exact* number.
+- **records** `= fox fig` ... `? fox fig`: keys and values, then questions. **haystack**: the same among lines
+  that are never asked for. **chains**: a value may be the key of the next record.
+- **relay** `17 fox fig owl`: number, giver, gift, taker. A giver's gift stays the same, so a contradiction
+  can be found.
+- **programs**: short Python functions, judged by running them. **stdlib**: Python's standard library.
+
+A *check* is a number for each seed; ± is half of the 90% interval of its mean over the seeds. The claim says
+where that mean lies, by the smallest difference that would matter, written before the runs. A check **holds**
+if the whole interval lies where the claim says. It **fails** if all of it lies elsewhere: there is no
+difference as large as the one that would matter. It is **reversed** if the opposite is as large; else
+**undecided**. An asterisk: the verdict is the same at 99%."""
+COLORS = {"holds": "tab:green", "fails": "tab:orange", "reversed": "tab:red", "undecided": "tab:gray"}
+
+
+def shown(value, unit):
+    return {"bits": f"{value:.4f}", "%": f"{100 * value:.1f}%", "times": f"x {math.exp(value):.2f}"}[unit]
+
+
+def expected(check):
+    if check.low == -math.inf:
+        return f"at most {shown(check.high, check.unit)}"
+    return f"{'more than' if check.high == math.inf else 'within ±'} {shown(abs(check.low), check.unit)}"
+
+
+def found(check):
+    mean, half = check.values.mean(), half_interval(check.values)
+    if check.unit == "times":
+        return f"{shown(mean, 'times')} ({shown(mean - half, 'times')} to {shown(mean + half, 'times')})"
+    return f"{shown(mean, check.unit)} ± {shown(half, check.unit)}"
+
+
+def table(checks):
+    """Markdown: a row for each check."""
+    rows = ["| measured | the claim says | here | seeds | exact | verdict |", "|---|---|---|---|---|---|"]
+    for check in checks:
+        verdict = f"**{judge(check)}**{'*' if judge(check, 0.99) == judge(check) else ''}"
+        if judge(check) == "undecided":
+            verdict = f"undecided; some {seeds_to_decide(check)} seeds would decide"
+        exact = "" if check.exact is None else shown(check.exact, check.unit)
+        rows.append(f"| {check.text} | {expected(check)} | {found(check)} | {len(check.values)} | {exact} | "
+                    f"{verdict} |")
+    return "\n".join(rows)
+
+
+def draw_checks(axis, checks):
+    """Seeds, interval, and where the claim says that the mean lies, in multiples of the smallest difference
+    that would matter."""
+    for row, check in enumerate(checks):
+        delta = min(abs(check.low), abs(check.high))
+        values, half = check.values / delta, half_interval(check.values) / delta
+        axis.fill_betweenx([row - 0.4, row + 0.4], max(check.low / delta, -100), min(check.high / delta, 100),
+                           color="tab:green", alpha=0.12, lw=0)
+        axis.plot(values, np.full(len(values), row), ".", color="gray", ms=4, alpha=0.6)
+        axis.plot(values.mean() + np.array([-half, half]), [row, row], color=COLORS[judge(check)], lw=5)
+    ticks = (-50, -10, -2, -1, 0, 1, 2, 10, 50)
+    axis.set_xscale("symlog", linthresh=2)
+    axis.set(xlim=(-100, 100), xticks=ticks, xticklabels=ticks, ylim=(len(checks) - 0.4, -0.6),
+             yticks=range(len(checks)), yticklabels=[check.text for check in checks],
+             xlabel="in units of the smallest difference that would matter\n"
+                    "(bar: 90% interval; points: seeds; shaded: the claim)")
+    for name, color in COLORS.items():
+        axis.plot([], [], color=color, lw=5, label=name)
+
+
+def draw_recall(axis, r):
+    for arm, label in (("ntp", "ntp"), ("0.15", "meap"), ("dropout", "ntp with dropout 0.1")):
+        steps = np.sort(np.exp(r.log_steps(f"records-{arm}")))
+        axis.step([0, *steps], np.arange(len(steps) + 1) / len(steps), where="post", label=label)
+    axis.set(xlabel="steps", ylabel="share of the seeds that answer 90% of records")
+
+
+def draw_fim_rate(axis, r):
+    for name, label in (("excess", "left to right"), ("psm_middle", "middle, PSM"),
+                        ("spm_middle", "middle, SPM")):
+        values = np.array([r(f"markov-fim-{rate}", name) for rate in FIM_RATES])
+        line, = axis.plot(FIM_RATES, values.mean(1), label=label)
+        axis.plot(FIM_RATES, values, ".", color=line.get_color())
+    axis.set(xlabel="FIM rate", ylabel="bits per token above the exact number")
+
+
+def draw_reads_the_suffix(axis, r):
+    for order in probes.ORDERS:
+        axis.plot(*r.log(JOINT)[0][-1][f"{order}_scatter"], ".", ms=3, alpha=0.5, label=order.upper())
+    axis.axline((0, 0), slope=1, color="gray", lw=1)
+    axis.set(xlabel="P(<EOT>) by Bayes' rule", ylabel="P(<EOT>) of the model with seed 1")
+
+
+def draw_repeated_text(axis, r):
+    for arm in ("ntp", "dropout", "meap", "fim", "fim_meap"):
+        steps, values = r.curve(f"repeat-{arm}", "bits")
+        line, = axis.plot(steps, values.mean(0), label=arm)
+        axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0)
+    axis.set(xlabel="steps (40 read the text once)", ylabel="held-out bits per byte", ylim=(2, 4))
+
+
+PICTURES = {"recall": draw_recall, "fim_rate": draw_fim_rate, "reads_the_suffix": draw_reads_the_suffix,
+            "repeated_text": draw_repeated_text}
+
+
+def picture(path, draw, argument, size=(6, 4)):
+    """Draws into a PNG -> the line of Markdown that shows it."""
+    plt = pyplot()
+    fig, axis = plt.subplots(figsize=size, layout="constrained")
+    draw(axis, argument)
+    axis.legend(fontsize=8)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return f"![{path.stem}]({path.parent.name}/{path.name})"
+
+
+def write(claims, r, path):
+    """Writes the page about {name: claim} with its figures, and prints the verdicts."""
+    figures, device = path.with_suffix(""), pick_device("auto")
+    figures.mkdir(parents=True, exist_ok=True)
+    checks = {name: claim(r) for name, claim in claims.items()}
+    summary, sections = ["| question | claim of | verdicts |", "|---|---|---|"], []
+    for name, claim in claims.items():
+        title, paper, done, meaning = (" ".join(part.split()) for part in inspect.getdoc(claim).split("\n\n"))
+        verdicts = [judge(check) for check in checks[name]]
+        summary.append(f"| [{title}](#{name}) | {re.split('[:(]', paper)[0].strip()} | "
+                       f"{', '.join(f'{verdicts.count(v)} {v}' for v in COLORS if v in verdicts)} |")
+        commands = "\n".join(dict.fromkeys(
+            f"python train.py {r.arms[arm].flags.format(out='out/claims', seed='SEED')} --seed SEED"
+            for arm in arms_of(claim)))
+        sections += [f"## {name}", f"**{title}**", paper, f"*Here:* {done}", table(checks[name])]
+        if name in PICTURES:
+            sections.append(picture(figures / f"{name}.png", PICTURES[name], r))
+        sections += [f"*What it means:* {meaning}", f"```sh\n{commands}\n```"]
+    in_all = sum(checks.values(), [])
+    verdicts = [judge(check) for check in in_all]
+    n_firm = sum(judge(check, 0.99) == judge(check) != "undecided" for check in in_all)
+    by_verdict = ", ".join(f"{verdicts.count(name)} {name}" for name in COLORS)
+    count = (f"{len(in_all)} checks: {by_verdict}. At 90%, some {len(in_all) / 10:.0f} of them "
+             f"may be wrong by chance; {n_firm} are the same at 99%.")
+    words = WORDS.format(n_runs=sum(arm.seeds for arm in r.arms.values()), device=device,
+                         dtype="bf16" if train.is_bf16_faster(device) else "fp32", torch=torch.__version__,
+                         markov=documents("markov", 1, seed=0)[0])
+    named = [check._replace(text=f"{name}: {check.text}") for name in checks for check in checks[name]]
+    chart = picture(figures / "verdicts.png", draw_checks, named, (11, 1.2 + 0.3 * len(named)))
+    parts = ["# Every claim of both papers, at toy size", words, count, "\n".join(summary), chart, *sections]
+    path.write_text(re.sub(r"(?<!`)(<(?:EOT|PRE|SUF|MID)>)(?!`)", r"`\1`", "\n\n".join(parts)) + "\n")
+    for name, of_claim in checks.items():
+        for check in of_claim:
+            print(f"{name:18} {judge(check):10} {found(check):28} {expected(check):18} {check.text}")
+    print(f"{count}\nwritten: {path}")
+
+
+def arms_of(claim):
+    """The names of the arms whose figures a claim reads, each base before what starts from it."""
+    names = inspect.signature(claim).parameters["arms"].default.split()
+    bases = [ARMS[name].flags.partition("--init-from {out}/")[2].partition("-{seed}")[0] for name in names]
+    return [*filter(None, bases), *names]
+
+
+def write_texts(out):
+    """The texts of the arms answers and repeat: pairs, and 250 kB of the standard library."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in probes.gift_questions(2000, seed=0)]
+    texts, length = [], 0
+    for text in load_documents("stdlib"):
+        if not is_held_out(text) and length < 250_000:
+            texts.append({"text": text})
+            length += len(text)
+    for name, records in (("questions", pairs), ("repeat", texts)):
+        Path(out, f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @one_line_errors
@@ -348,35 +579,31 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=CLAIMS, metavar="NAME", help=f"of {', '.join(CLAIMS)}")
     parser.add_argument("--out", default="out/claims", metavar="DIR", help="of the runs (default out/claims)")
-    parser.add_argument("--jobs", type=within(1, 1024), default=os.cpu_count(),
+    parser.add_argument("--jobs", type=number(1, 1024), default=os.cpu_count(),
                         help="runs at a time (default: cores)")
-    parser.add_argument("--run", metavar="NAME", help="train a single run, such as markov-ntp-1")
-    parser.add_argument("--export", metavar="FILE", help="write a model's continuations of held-out text")
-    parser.add_argument("--ckpt", metavar="DIR", help="whose (default: the newest run under out/)")
-    parser.add_argument("--data", default="stdlib", help="of which text (default stdlib)")
+    parser.add_argument("--pilot", action="store_true", help="seeds 101 to 104: how many each check needs")
+    parser.add_argument("--run", nargs="+", metavar="NAME", help="train single runs, such as markov-ntp-1")
     args = parser.parse_args(arguments)
-    if args.export:
-        return export(args.export, args.ckpt or newest_run(), args.data)
     if args.run:
-        arm, _, seed = args.run.rpartition("-")
-        if arm not in ARMS or not seed.isdecimal():
-            raise ValueError(f"--run {args.run}: expected an arm and a seed, such as markov-ntp-1; "
-                             f"the arms are {', '.join(ARMS)}")
-        return train_run(args.run, ARMS, args.out)
+        for run in args.run:
+            arm, _, seed = run.rpartition("-")
+            if arm not in ARMS or not seed.isdecimal():
+                raise ValueError(f"--run {run}: expected an arm and a seed, such as markov-ntp-1; "
+                                 f"the arms are {', '.join(ARMS)}")
+            train_run(run, ARMS, args.out)
+        return
     pyplot()  # raises now, not after hours, where matplotlib is missing
+    write_texts(args.out)
     claims = {name: CLAIMS[name] for name in args.only or CLAIMS}
-    names = {name for claim in claims.values() for arm in claim.arms for name in (ARMS[arm].base, arm)}
-    arms = {name: arm for name, arm in ARMS.items() if name in names}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.out, "questions.jsonl"), "w") as f:
-        f.writelines(json.dumps({"prompt": prompt, "answer": answer}) + "\n"
-                     for prompt, answer in probes.gift_questions(2000, seed=0))
-    train_all(arms, args.out, args.jobs, "lab.claims")
-    r = Results(arms, args.out)
-    print(table(claims, r))
-    page = Path(args.out if args.only else "docs", "claims.md")
-    write(claims, arms, r, page, [] if args.only else [("learning", LEARNING)])
-    print(f"written: {page}")
+    names = dict.fromkeys(name for claim in claims.values() for name in arms_of(claim))
+    arms = {name: ARMS[name]._replace(seeds=4) if args.pilot else ARMS[name] for name in names}
+    r = Results(arms, args.out, 101 if args.pilot else 1)
+    train_all(r, args.jobs, "lab.claims")
+    if not args.pilot:
+        return write(claims, r, Path(args.out if args.only else "docs", "claims.md"))
+    for name, claim in claims.items():
+        for check in claim(r):
+            print(f"{name:18} {seeds_needed(check):4} seeds  {found(check):28} {check.text}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@
     records    = fox fig        2 to 16 records, key and value,  questions(text): what follows each "? key"
                = owl tea        then 4 questions with their
                ? fox fig        answers
-    chains     = fox owl        the same, but a value may stand  questions(text), with the number of hops
-               = owl tea        one, two or three hops away
+    haystack   = fox fig        2 to 6 records among 4 to 24     questions(text)
+               - owl tea        lines that are never asked for,
+               ? fox fig        then 4 questions
+    chains     = fox owl        a value may stand one, two or    questions(text), with the number of hops
+               = owl tea        three hops away
                ? fox tea
     programs   a short Python function with a docstring  passes(text, document): does a text do what the
                and two doctest examples                  document's function does; hole(...): what to fill
@@ -143,6 +146,16 @@ def records(rng):
     return "".join(facts + [f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 4)])
 
 
+def haystack(rng):
+    n, n_others = int(rng.integers(2, 7)), int(rng.integers(4, 25))
+    keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
+    facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
+    others = [f"- {key} {value}\n"
+              for key, value in zip(rng.choice(ANIMALS, n_others), rng.choice(GIFTS, n_others))]
+    return "".join([*rng.permutation(facts + others),
+                    *(f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 4))])
+
+
 def chains(rng):
     """Four chains of one to three hops; their records are shuffled, and each chain is asked for once."""
     keys, values = rng.permutation(ANIMALS).tolist(), rng.choice(GIFTS, 4, replace=False)
@@ -152,8 +165,6 @@ def chains(rng):
         facts += [f"= {key} {to}\n" for key, to in zip(chain, [*chain[1:], value])]
         questions.append(f"? {chain[0]} {value}\n")
     return "".join([*rng.permutation(facts), *rng.permutation(questions)])
-
-
 
 
 class Error(NamedTuple):
@@ -183,7 +194,7 @@ def errors(text):
 
 
 class Question(NamedTuple):
-    """A line "? key answer" of records or chains: text[:start] ends before " answer"."""
+    """A line "? key answer" of records, haystack or chains: text[:start] ends before " answer"."""
     start: int
     answer: str
     hops: int      # records to read, one after the other
@@ -192,14 +203,14 @@ class Question(NamedTuple):
 
 
 def questions(text):
-    """The questions of a text of records or chains, with the answers that its records give."""
+    """The questions of a text of records, haystack or chains, with the answers that its records give."""
     facts, asked, start = {}, [], 0
     lines = text.splitlines(keepends=True)
     for number, line in enumerate(lines):
         sign, key, *value = line.split()
         if sign == "=":
             facts[key] = number, value[0]
-        else:
+        elif sign == "?":
             hops, answer = 0, key
             while answer in facts:
                 at, answer = facts[answer]
@@ -513,8 +524,8 @@ def passes_all(pairs, at_once=50):
         return [passed for chunk in chunks for passed in chunk]
 
 
-CORPORA = {"markov": markov, "relay": relay, "records": records, "chains": chains,
-           "programs": programs}
+CORPORA = {"markov": markov, "relay": relay, "records": records, "haystack": haystack,
+           "chains": chains, "programs": programs}
 
 
 def documents(name, n, seed):

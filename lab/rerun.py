@@ -1,255 +1,208 @@
-"""What lab/claims.py runs on: trainings with several seeds, verdicts on their figures, a page about them.
+"""What lab/claims.py runs on: trainings with many seeds, and verdicts on their figures.
 
-    Arm    a training: flags of train.py, a probe of probes.py, the number of seeds
-    Check  a number with a value a seed, and the bounds between which a claim says that it lies
-    Claim  a sentence of a paper, its arms, its checks, a figure
-
-A run is an arm with a seed, such as markov-ntp-1, and a folder of train.py. From top to bottom: what a claim
-is, judging it, running, writing down.
+    arm      flags of train.py; a run is an arm with a seed, such as markov-ntp-1, and a folder of train.py
+    check    a number for each seed, and the region in which a claim says that its mean lies
+    verdict  holds     the whole 90% interval of the mean lies in that region
+             fails     all of it lies outside: there is no difference as large as the one that would matter
+             reversed  fails, and the opposite of the claim is as large
+             undecided otherwise
 """
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import train
-from lab.figures import bars, lines, pyplot, scatter
-from sample import load_checkpoint, pick_device
-
-
-class Arm(NamedTuple):
-    """What is trained, with seeds 1, 2, ... base: the name of the arm that it starts from, seed by seed.
-    probe(model, tok, knobs, is_last) -> {name: value} is called at each evaluation."""
-    flags: str
-    probe: Callable
-    seeds: int = 3
-    base: str = ""
+from lab.probes import PROBES
 
 
 class Check(NamedTuple):
-    """values(r) -> (seeds,), which a claim says lies between low and high; exact(r): the exact answer to the
-    same question, where one is known. unit: bits, steps, epochs, or % for a share."""
+    """values (seeds,), of which a claim says that their mean lies between low and high. unit: bits, % of a
+    share, or times: the logarithm of a ratio. exact: the exact answer, where one is known."""
     text: str
-    values: Callable
-    low: float = -math.inf
-    high: float = math.inf
-    unit: str = "bits"
-    exact: Callable = None
+    values: np.ndarray
+    low: float
+    high: float
+    unit: str
+    exact: float | None = None
 
 
-class Claim(NamedTuple):
-    """Where a claim stands, what it says, the names of the arms that it needs, its checks, and the panels
-    of its figure: (label, data(r)), see draw."""
-    source: str
-    sentence: str
-    arms: tuple
-    checks: list
-    panels: list
+def more(text, values, delta, unit="bits", exact=None):
+    """A claim that a mean is above delta, the smallest difference that would matter."""
+    return Check(text, values, delta, math.inf, unit, exact)
 
 
-# Student's t: the 90% interval of a mean over n seeds is mean +- T_90[n] * standard error.
-T_90 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13}
+def at_most(text, values, delta, unit="bits"):
+    return Check(text, values, -math.inf, delta, unit)
 
 
-def judge(check, values):
-    """-> verdict, mean, half of the 90% interval over the seeds. "shows" if the whole interval lies between
-    low and high, "does not show" if none of it does, else "cannot be told"."""
-    mean, n = float(np.mean(values)), len(values)
-    half = T_90[n] * float(np.std(values, ddof=1)) / math.sqrt(n)
+def within(text, values, delta, unit="bits"):
+    """A claim that there is no difference."""
+    return Check(text, values, -delta, delta, unit)
+
+
+def half_interval(values, confidence=0.9):
+    """Half of the interval of a mean over n seeds: standard error times Student's t, n - 1 degrees of
+    freedom."""
+    df = len(values) - 1
+    t = np.tan(np.linspace(0, math.pi / 2, 100_001)[:-1])             # from 0 to infinity
+    weight = (1 + t * t / df) ** (-(df + 1) / 2) * (1 + t * t)        # density, times dt
+    quantile = np.interp(confidence, weight.cumsum() / weight.sum(), t)
+    return float(quantile * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def judge(check, confidence=0.9):
+    """-> holds, fails, reversed or undecided: see the top of this file."""
+    mean, half = float(np.mean(check.values)), half_interval(check.values, confidence)
     if check.low < mean - half and mean + half < check.high:
-        return "shows", mean, half
-    if mean + half <= check.low or check.high <= mean - half:
-        return "does not show", mean, half
-    return "cannot be told", mean, half
+        return "holds"
+    if check.high == math.inf and mean + half < -check.low:
+        return "reversed"
+    return "fails" if mean + half < check.low or check.high < mean - half else "undecided"
+
+
+def seeds_needed(check):
+    """The number of seeds with which the half interval is at most half of the difference that would matter:
+    for planning, from a pilot's spread."""
+    delta = min(abs(check.low), abs(check.high))
+    return max(3, math.ceil((1.645 * 2 * float(np.std(check.values, ddof=1)) / delta) ** 2) + 1)
+
+
+def seeds_to_decide(check):
+    """The number of seeds with which an undecided check would be decided, if its mean and spread stay."""
+    distance = min(abs(float(np.mean(check.values)) - bound) for bound in (check.low, check.high))
+    return math.ceil((1.645 * float(np.std(check.values, ddof=1)) / distance) ** 2) + 1
 
 
 class Results:
-    """The metrics of finished runs: r(arm, name) -> (seeds,), the last values."""
+    """The figures of finished runs: r(arm, name) -> (seeds,), the last value of each."""
 
-    def __init__(self, arms, out):
-        """arms: {name: Arm}"""
-        self.out, self.log = out, {}
-        for name, arm in arms.items():
-            paths = [Path(out, f"{name}-{seed}", "metrics.jsonl") for seed in range(1, arm.seeds + 1)]
-            self.log[name] = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    def __init__(self, arms, out, first_seed=1):
+        self.arms, self.out, self.first = arms, out, first_seed
+
+    def runs(self, arm):
+        return [f"{arm}-{seed}" for seed in range(self.first, self.first + self.arms[arm].seeds)]
+
+    def log(self, arm):
+        """Of each seed: a list of {"step", name: value}."""
+        return [json.loads(Path(self.out, run, "figures.json").read_text())["figures"]
+                for run in self.runs(arm)]
 
     def __call__(self, arm, name):
-        return np.array([log[-1][name] for log in self.log[arm]])
+        return np.array([log[-1][name] for log in self.log(arm)])
 
-    def curve(self, arm, name, x="step"):
-        """-> x (n,), such as step or epoch, and values (seeds, n): one for each evaluation."""
-        points = [[(line[x], line[name]) for line in log if name in line] for log in self.log[arm]]
-        return [x for x, _ in points[0]], np.array([[value for _, value in of_seed] for of_seed in points])
+    def curve(self, arm, name):
+        """-> steps (n,), values (seeds, n), for runs that all have the same number of evaluations."""
+        logs = self.log(arm)
+        return [line["step"] for line in logs[0]], np.array([[line[name] for line in log] for log in logs])
 
-    def until(self, arm, name, level=0.9, x="step"):
-        """(seeds,): where a curve first reaches level, between two evaluations by linear interpolation; its
-        end, where it never does."""
-        xs, values = self.curve(arm, name, x)
+    def log_steps(self, arm, level=0.9, name="recall"):
+        """(seeds,): log of the step at which a curve first reaches a level, by linear interpolation between
+        two evaluations; of its last step, where it never does."""
         out = []
-        for row in values:
-            i = next((i for i, value in enumerate(row) if value >= level), len(row))
-            if i in (0, len(row)):
-                out.append(xs[min(i, len(row) - 1)])
-            else:
-                out.append(xs[i - 1] + (xs[i] - xs[i - 1]) * (level - row[i - 1]) / (row[i] - row[i - 1]))
-        return np.array(out, float)
-
-    def groups(self, arm, name):
-        """A list of [x, value], which a probe wrote for a figure -> x (n,), values (seeds, n)."""
-        kept = [dict(log[-1][name]) for log in self.log[arm]]
-        xs = sorted(set.intersection(*map(set, kept)))
-        return xs, np.array([[of_seed[x] for x in xs] for of_seed in kept])
+        for log in self.log(arm):
+            before, reached = {"step": 1, name: 0.0}, log[-1]["step"]
+            for line in log:
+                if line[name] >= level:
+                    share = (level - before[name]) / (line[name] - before[name])
+                    reached = before["step"] + share * (line["step"] - before["step"])
+                    break
+                before = line
+            out.append(math.log(reached))
+        return np.array(out)
 
 
-def flags_of(run, arms, out):
-    """The flags with which train.py trains a run."""
+class Arm(NamedTuple):
+    """flags of train.py, in which {out} and {seed} stand for the folder of all runs and the seed; the number
+    of seeds; share: how much of its steps a run takes, where it ends once it has learned."""
+    flags: str
+    seeds: int
+    share: float = 1.0
+
+
+def command(run, arms, out):
     name, _, seed = run.rpartition("-")
-    base = f" --init-from {out}/{arms[name].base}-{seed}" if arms[name].base else ""
-    return f"{arms[name].flags.format(out=out)} --seed {seed}{base} --out {out}/{run}"
-
-
-def train_run(run, arms, out):
-    """Trains a run, or goes on with it, in this process."""
-    resume = ["--resume"] if Path(out, run, "ckpt.pt").exists() else []
-    config, checkpoint = train.read_arguments([*flags_of(run, arms, out).split(), *resume])
-    probe = arms[run.rpartition("-")[0]].probe
-    train.train(config, checkpoint, lambda model, tok, step: probe(model, tok, config.knobs,
-                                                                   step == config.steps))
+    return f"{arms[name].flags.format(out=out, seed=seed)} --seed {seed} --out {out}/{run}"
 
 
 def is_finished(run, arms, out):
-    """Whether a run ended with these very flags. One that was started with other flags is removed."""
-    folder, flags = Path(out, run), flags_of(run, arms, out)
-    command = folder / "command.txt"
-    if not command.exists() or command.read_text() != flags:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        command.write_text(flags)
-    if not (folder / "ckpt.pt").exists():
-        return False
-    checkpoint = load_checkpoint(folder)
-    return checkpoint["step"] == checkpoint["config"]["steps"]
+    """Whether a run ended, with these very flags."""
+    figures = Path(out, run, "figures.json")
+    return figures.exists() and json.loads(figures.read_text())["command"] == command(run, arms, out)
 
 
-def train_all(arms, out, jobs, module):
-    """Trains every run that is not finished: at most `jobs` at a time, each on one thread in a process of its
-    own, `python -m module --run RUN`, and each base before what starts from it. Ctrl-C stops and saves them.
+def train_run(run, arms, out):
+    """Trains a run from its beginning in this process, and writes its figures.json -> the last figures."""
+    shutil.rmtree(Path(out, run), ignore_errors=True)
+    config, start = train.read_arguments(command(run, arms, out).split())
+    probe, figures = PROBES[run.partition("-")[0]], []
+
+    def measure(model, tok, step):
+        found = probe(model, tok, config.knobs, step == config.steps)
+        figures.append({"step": step} | {name: value if isinstance(value, list) else float(value)
+                                         for name, value in found.items()})
+        if found.get("learned"):
+            signal.raise_signal(signal.SIGTERM)  # train.py saves, and ends the run
+        return {}
+
+    train.train(config, start, measure)
+    written = Path(out, run, "figures.tmp")
+    written.write_text(json.dumps({"command": command(run, arms, out), "figures": figures}))
+    os.replace(written, written.with_suffix(".json"))
+    return figures[-1]
+
+
+def train_all(r, jobs, module, at_once=6):
+    """Trains every run of some Results that is not finished: `jobs` processes at a time, each with one thread
+    and up to at_once short runs; a base before what starts from it. Ctrl-C stops; the same call goes on.
 
     Raises OSError where a run fails."""
-    left = {}  # {run: the number of its tokens}
+    arms, out, left, cost = r.arms, r.out, [], {}  # left: lists of runs of an arm; cost: tokens of a run
     for name, arm in arms.items():
-        for run in (f"{name}-{seed}" for seed in range(1, arm.seeds + 1)):
-            if not is_finished(run, arms, out):
-                flags = flags_of(run, arms, out).split()
-                given, _ = train.settings_parser("ntp").parse_known_args(flags)
-                left[run] = given.steps * given.batch_size * given.block_size
-    at_work, n_runs, done, started = {}, len(left), 0, time.time()
+        given, _ = train.settings_parser("ntp").parse_known_args(arm.flags.split())
+        runs = [run for run in r.runs(name) if not is_finished(run, arms, out)]
+        cost |= dict.fromkeys(runs, given.steps * given.batch_size * given.block_size * arm.share)
+        size = at_once if arm.share < 1 else 1
+        left += [runs[i:i + size] for i in range(0, len(runs), size)]
+    n_runs, todo, at_work, started = len(cost), dict(cost), {}, time.time()
+    print(f"{n_runs} runs, {jobs} at a time", flush=True)
     try:
         while left or at_work:
-            for run in list(left):
-                name, _, seed = run.rpartition("-")
-                base = f"{arms[name].base}-{seed}"
-                if len(at_work) < jobs and base not in left and base not in at_work:
-                    with open(Path(out, run, "log.txt"), "a") as log:
-                        process = subprocess.Popen(
-                            [sys.executable, "-m", module, "--out", str(out), "--run", run],
-                            stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                            start_new_session=True)  # a terminal's Ctrl-C comes here alone
-                    at_work[run] = process, left.pop(run), time.time()
-            time.sleep(0.2)
-            for run, (process, tokens, since) in list(at_work.items()):
-                if process.poll() is None:
-                    continue
-                if process.returncode:
-                    log = Path(out, run, "log.txt")
-                    raise OSError(f"{run} failed: {log.read_text().strip().splitlines()[-1]} (see {log})")
-                del at_work[run]
-                done += tokens
-                rest = sum(left.values()) + sum(tokens for _, tokens, _ in at_work.values())
-                print(f"{n_runs - len(left) - len(at_work)} of {n_runs}: {run}, {time.time() - since:.0f} s; "
-                      f"about {(time.time() - started) * rest / done / 60:.0f} min left", flush=True)
+            ready = (runs for runs in left if not any(f"/{base} " in f"{command(runs[0], arms, out)} "
+                                                      for base in todo if base != runs[0]))
+            if len(at_work) < jobs and (runs := next(ready, None)):
+                left.remove(runs)
+                with open(Path(out, f"{runs[0]}.log"), "w") as log:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", module, "--out", str(out), "--run", *runs], stdout=log,
+                        stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+                at_work[process] = runs
+                print(f"  now: {', '.join(f'{r[0]}...{r[-1]}' if r[1:] else r[0] for r in at_work.values())}",
+                      flush=True)
+                continue
+            time.sleep(0.3)
+            for process, runs in list(at_work.items()):
+                for run in runs:
+                    if run in todo and is_finished(run, arms, out):
+                        del todo[run]
+                        done = sum(cost.values()) - sum(todo.values())
+                        minutes = (time.time() - started) / 60
+                        print(f"{n_runs - len(todo)} of {n_runs}: {run}; {minutes:.0f} min, about "
+                              f"{minutes * sum(todo.values()) / done:.0f} min left", flush=True)
+                if process.poll() is not None:
+                    del at_work[process]
+                    if failed := [run for run in runs if run in todo]:
+                        log = Path(out, f"{runs[0]}.log")
+                        raise OSError(f"{failed[0]} failed: {log.read_text().strip().splitlines()[-1]} "
+                                      f"(see {log})")
     finally:
-        for process, _, _ in at_work.values():
-            process.terminate()  # train.py saves first
-        for process, _, _ in at_work.values():
-            process.wait()
-
-
-def shown(value, unit):
-    return {"%": f"{100 * value:.1f}%", "bits": f"{value:.4f}", "steps": f"{value:.0f}",
-            "epochs": f"{value:.2f}"}[unit]
-
-
-def bounds(check):
-    if check.low == -math.inf:
-        return f"at most {shown(check.high, check.unit)}"
-    if check.high == math.inf:
-        return f"at least {shown(check.low, check.unit)}" if check.low else "above 0"
-    return f"{shown(check.low, check.unit)} to {shown(check.high, check.unit)}"
-
-
-def table(claims, r):
-    """Markdown: a row for each check of {name: Claim}."""
-    rows = ["| claim | measured | the claim says | here | exact | verdict |", "|---|---|---|---|---|---|"]
-    for name, claim in claims.items():
-        for i, check in enumerate(claim.checks):
-            verdict, mean, half = judge(check, check.values(r))
-            exact = shown(float(np.mean(check.exact(r))), check.unit) if check.exact else ""
-            rows.append(f"| {'' if i else f'[{name}](#{name})'} | {check.text} | {bounds(check)} | "
-                        f"{shown(mean, check.unit)} ± {shown(half, check.unit)} | {exact} | {verdict} |")
-    return "\n".join(rows).replace("<EOT>", "`<EOT>`")
-
-
-def write(claims, arms, r, path, first=()):
-    """Writes the page: the table, and a section with a figure for each claim. first: (name, panels) of
-    figures that come before those."""
-    figures = path.with_suffix("")
-    figures.mkdir(parents=True, exist_ok=True)
-    device = pick_device("auto")
-    dtype = "bf16" if train.is_bf16_faster(device) else "fp32"
-    intro = ("Written by `python -m lab.claims`: do not edit. Models of a million parameters, trained for "
-             "minutes each, nearly all on generated corpora whose truth is known (`lab/corpora.py`). "
-             f"Device: {device}, {dtype}, torch {torch.__version__}.\n\n"
-             "A check is a number with a value a seed; ± is half of its 90% interval over the seeds. A claim "
-             "*shows* if the whole interval lies within what the claim says, and *does not show* if none of "
-             "it does; else it *cannot be told*. The bounds were written before the runs. In the figures a "
-             "point is a seed, a bar or a line the mean.")
-    parts = ["# Every claim of both papers, at toy size", intro, table(claims, r)]
-    for name, panels in first:
-        draw(figures / f"{name}.png", panels, r)
-        parts += [f"## {name}", f"![{name}]({figures.name}/{name}.png)"]
-    for name, claim in claims.items():
-        draw(figures / f"{name}.png", claim.panels, r)
-        commands = []
-        for arm in claim.arms:
-            base = f" --init-from out/claims/{arms[arm].base}-SEED" if arms[arm].base else ""
-            commands.append(f"python train.py {arms[arm].flags.format(out='out/claims')}{base}")
-        sentence = f"{claim.source}: {claim.sentence}".replace("<EOT>", "`<EOT>`")
-        parts += [f"## {name}", sentence, f"![{name}]({figures.name}/{name}.png)",
-                  f"Seeds 1 to {arms[claim.arms[0]].seeds} of\n\n```sh\n" + "\n".join(commands) + "\n```"]
-    path.write_text("\n\n".join(parts) + "\n")
-
-
-def draw(path, panels, r):
-    """Draws panels side by side. data(r) is {label: (seeds,)}, drawn as bars; {label: (x, (seeds, n))}, as
-    lines; or two lists [exact, model], as points."""
-    plt = pyplot()
-    fig, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), layout="constrained")
-    for axis, (label, data) in zip(axes, panels):
-        values = data(r)
-        if isinstance(values, list):
-            scatter(axis, label, values)
-        elif isinstance(next(iter(values.values())), tuple):
-            lines(axis, label, values)
-        else:
-            bars(axis, label, values)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+        for process in at_work:
+            process.kill()

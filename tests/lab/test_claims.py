@@ -1,20 +1,23 @@
 """The probes against an oracle that predicts by Bayes' rule and a blind model; the prior against what fim
-draws; verdicts by hand; every arm's flags; one run, judged and written down."""
+draws; verdicts by hand; every arm's flags; every claim's checks; runs that end once the model has learned."""
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_main
 
+import sample
 import train
 from data import Tokenizer, prepare
 from lab import claims, probes, rerun
-from lab.claims import ARMS, CLAIMS
+from lab.claims import ARMS, CLAIMS, arms_of
 from lab.corpora import LETTERS, LONGEST, MARKOV, documents, errors
-from lab.rerun import Arm, Check, Claim, Results, judge
+from lab.rerun import Arm, Check, Results, half_interval, judge
 from model import GPTConfig
 from objectives import fim
 
@@ -61,13 +64,13 @@ class Bayes(torch.nn.Module):
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_bayes_rule_itself_scores_as_the_exact_answer(order):
-    holes = probes.markov_holes(30)
-    out, (exact, model) = probes.middles(Bayes(order), TOK, order, "joint", holes)
+    out = probes.middles(Bayes(order), TOK, order, "joint", True, n=30)
+    exact, model = out[f"{order}_scatter"]
     np.testing.assert_allclose(model, exact, atol=1e-3)
-    for name in ("end", "elsewhere", "another", "later", "saved"):
+    for name in ("end", "elsewhere", "another", "saved"):
         assert out[f"{order}_{name}"] == pytest.approx(out[f"bayes_{order}_{name}"], abs=1e-3), name
     assert out[f"{order}_middle"] == pytest.approx(0, abs=1e-3)
-    assert out[f"{order}_end"] > 3 * max(out[f"{order}_another"], out[f"{order}_later"])
+    assert out[f"{order}_end"] > 3 * out[f"{order}_another"]
     assert out[f"{order}_saved"] > 1
 
 
@@ -104,50 +107,77 @@ def test_a_blind_model_neither_reads_nor_recalls(monkeypatch):
     assert out["excess"] + out["coin"] == pytest.approx(bits - exact) and 1.5 < exact < 2
     assert out["coin"] == pytest.approx(math.log2(TOK.n_vocab / (TOK.n_vocab - 1)))
     for order in ("psm", "spm"):
-        assert [out[f"{order}_{name}"] for name in ("end", "elsewhere", "another", "later")] == [
-            pytest.approx(1 / TOK.n_vocab)] * 4
+        assert [out[f"{order}_{name}"] for name in ("end", "elsewhere", "another")] == [
+            pytest.approx(1 / TOK.n_vocab)] * 3
         assert out[f"{order}_saved"] < 0
-    assert probes.on_records(Blind("psm"), TOK, {}, False)["recall"] == 0
-    monkeypatch.setattr(probes, "load_documents", lambda source: [str(i) for i in range(1000)])
+    assert probes.PROBES["records"](Blind("psm"), TOK, {}, False)["recall"] == 0
+    monkeypatch.setattr(probes, "held_out_stdlib", lambda: [str(i) for i in range(1000)])
     code = probes.on_stdlib(Blind("psm"), TOK, {}, False)  # a token is a byte here
     assert code == {"bits": pytest.approx(bits - out["coin"]), "coin": pytest.approx(out["coin"])}
 
 
-def test_a_verdict_by_hand():
-    check = Check("", None, low=0.0, high=1.0)
-    # three seeds: mean 0.5, standard deviation 0.1, interval +- 2.92 * 0.1 / sqrt(3)
-    verdict, mean, half = judge(check, np.array([0.4, 0.5, 0.6]))
-    assert (verdict, mean, half) == ("shows", pytest.approx(0.5), pytest.approx(0.16859, abs=1e-5))
-    assert judge(check, np.array([1.4, 1.5, 1.6]))[0] == "does not show"
-    assert judge(check, np.array([0.0, 0.1, 0.2]))[0] == "cannot be told"
-    assert judge(check, np.zeros(3))[0] == "does not show"  # no difference at all is none above 0
+@pytest.mark.parametrize("n, confidence, t", [
+    (2, 0.9, 6.314), (3, 0.9, 2.920), (3, 0.99, 9.925), (10, 0.9, 1.833), (30, 0.99, 2.756)])
+def test_an_interval_is_that_of_students_table(n, confidence, t):
+    values = np.array([1.0, -1.0] * (n // 2) + [0.0] * (n % 2))
+    error = math.sqrt((values**2).sum() / (n - 1) / n)
+    assert half_interval(values, confidence) == pytest.approx(t * error, rel=2e-3)
 
 
-@pytest.mark.parametrize("name", CLAIMS)
-def test_the_rule_of_every_check_can_pass_and_fail(name):
-    for check in CLAIMS[name].checks:
-        inside = [x for x in (check.low, check.high) if math.isfinite(x)]
-        assert inside and check.low < check.high
-        middle = np.mean(inside) if len(inside) == 2 else inside[0] + (1 if inside[0] == check.low else -1)
-        outside = check.low - 1 if math.isfinite(check.low) else check.high + 1
-        noise = np.array([-1e-6, 0, 1e-6])
-        assert judge(check, middle + noise)[0] == "shows"
-        assert judge(check, outside + noise)[0] == "does not show"
+@pytest.mark.parametrize("low, high, mean, verdict", [
+    (1, math.inf, 1.3, "holds"), (1, math.inf, 1.1, "undecided"), (1, math.inf, 0.9, "undecided"),
+    (1, math.inf, 0.5, "fails"), (1, math.inf, -0.9, "fails"), (1, math.inf, -1.3, "reversed"),
+    (-math.inf, 1, 0.7, "holds"), (-math.inf, 1, -5, "holds"), (-math.inf, 1, 1.1, "undecided"),
+    (-math.inf, 1, 1.3, "fails"), (-1, 1, 0, "holds"), (-1, 1, -0.9, "undecided"), (-1, 1, 1.3, "fails"),
+    (-1, 1, -1.3, "fails")])
+def test_a_verdict_by_hand(low, high, mean, verdict):
+    """Three seeds: standard deviation 0.1, so the interval is the mean +- 2.92 * 0.1 / sqrt(3) = 0.169."""
+    assert judge(Check("", mean + np.array([-0.1, 0, 0.1]), low, high, "bits")) == verdict
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_train_takes_the_flags_of_every_arm(arm, tmp_path):
-    flags = rerun.flags_of(f"{arm}-2", ARMS, tmp_path)
-    flags = flags.replace(f"--init-from {tmp_path}/{ARMS[arm].base}-2", "")  # there is no such run here
+    flags = re.sub("--init-from [^ ]+", "", rerun.command(f"{arm}-2", ARMS, tmp_path))  # no such run here
     config, _ = train.read_arguments(flags.split())
-    assert config.seed == 2 and config.out == f"{tmp_path}/{arm}-2"
+    assert config.seed == 2 and config.out == f"{tmp_path}/{arm}-2" and arm.partition("-")[0] in probes.PROBES
     if arm.startswith("markov"):  # the exact answers presuppose that no document is cut into shorter ones
         assert config.knobs.get("max_document_tokens", 1000) > LONGEST
 
 
-@pytest.mark.parametrize("name", CLAIMS)
-def test_every_claim_has_its_arms(name):
-    assert set(CLAIMS[name].arms) <= ARMS.keys() and len(CLAIMS[name].panels) >= 2
+class Made(Results):
+    """Results with figures of one's own: of each arm the same number, with some noise, in each seed."""
+
+    def __call__(self, arm, name):
+        return (1.0 + ("ntp" in arm or "sft" == arm[-3:])) * np.linspace(0.99, 1.01, self.arms[arm].seeds)
+
+    def log_steps(self, arm):
+        return self(arm, "")
+
+    def curve(self, arm, name):
+        return [1, 2], np.stack([self(arm, name)] * 2, axis=1)
+
+    def log(self, arm):
+        return [[{"psm_scatter": [[0.1], [0.2]], "spm_scatter": [[0.1], [0.2]]}]] * self.arms[arm].seeds
+
+
+def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
+    """With every figure of MEAP half of NTP's, what is claimed of it holds, and is on the page."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(claims, "load_model", lambda folder: (None, None, None))
+    monkeypatch.setattr(probes, "attention_change", lambda *_: dict.fromkeys(
+        ("decay", "variance_rise", "answer_rise"), 0.5))
+    claims.write(CLAIMS, Made(ARMS, tmp_path), tmp_path / "claims.md")
+    page = (tmp_path / "claims.md").read_text()
+    for name, claim in CLAIMS.items():
+        assert set(arms_of(claim)) <= ARMS.keys()
+        section = page.partition(f"## {name}\n")[2].partition("\n## ")[0]
+        assert claim.__doc__.splitlines()[0] in section and section.count("| **") + section.count(
+            "| undecided") == len(claim(Made(ARMS, tmp_path))), name
+        assert name not in claims.PICTURES or (tmp_path / "claims" / f"{name}.png").stat().st_size > 5000
+    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 ± 0.0101 | 4 |  | **holds***",
+                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.71 to x 2.72) | 40 |  | **holds***"):
+        assert row in page
+    assert "undecided. At 90%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -157,46 +187,36 @@ def test_every_claim_has_its_arms(name):
     ("--only nothing", "argument --only: invalid choice: 'nothing'"),
 ])
 def test_a_mistake_is_one_line(arguments, message, capsys):
-    with pytest.raises(SystemExit) as exit:
-        claims.main(arguments.split())
-    assert exit.value.code == 2 and message in capsys.readouterr().err
+    shown = run_main(claims.main, capsys, *arguments.split())
+    assert shown.code == 2 and message in shown.err
 
 
 def test_where_a_curve_reaches_a_level(tmp_path):
-    for seed, shares in enumerate(([0.5, 0.8, 1.0], [0.95, 0.97, 1.0], [0.1, 0.2, 0.3]), 1):
-        folder = tmp_path / f"a-{seed}"
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text("".join(
-            json.dumps({"step": 10 * i, "epoch": i, "recall": share}) + "\n"
-            for i, share in enumerate(shares, 1)))
-    r = Results({"a": Arm("", None, seeds=3)}, tmp_path)
-    np.testing.assert_allclose(r.until("a", "recall"), [25, 10, 30])  # interpolated; at once; never
-    np.testing.assert_allclose(r.until("a", "recall", x="epoch"), [2.5, 1, 3])
+    for seed, shares in enumerate(([0.5, 0.8, 1.0], [0.9, 0.97], [0.1, 0.2, 0.3]), 1):
+        figures = [{"step": 10 * i, "recall": share} for i, share in enumerate(shares, 1)]
+        (tmp_path / f"a-{seed}").mkdir()
+        (tmp_path / f"a-{seed}" / "figures.json").write_text(json.dumps({"figures": figures}))
+    steps = np.exp(Results({"a": Arm("", 3)}, tmp_path).log_steps("a"))
+    np.testing.assert_allclose(steps, [25, 10, 30])  # interpolated; at the first evaluation; never
 
 
-def test_one_claim_from_training_to_the_page(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_runs_end_once_they_have_learned_and_are_not_trained_twice(tmp_path, monkeypatch, capsys):
     flags = ("--objective ntp --data markov:60 --tokenizer bytes --block-size 64 --batch-size 2 --n-layer 1 "
-             f"--n-embd 16 --steps 4 --eval-every 2 --cache-dir {tmp_path}")
-    arms = {name: Arm(flags, probes.on_markov, seeds=2) for name in ("a", "b")}
-    for run in ("a-1", "a-2", "b-1", "b-2"):
-        assert not rerun.is_finished(run, arms, tmp_path)
-        rerun.train_run(run, arms, tmp_path)
-        assert rerun.is_finished(run, arms, tmp_path)
-    r = Results(arms, tmp_path)
-    claim = Claim("", "", ("a", "b"), [Check("difference", claims.minus("excess", "a", "b"), -0.1, 0.1)],
-                  [("bars", claims.each("excess", "a", "b")),
-                   ("lines", claims.over("step", "excess", "a", "b"))])
-    table = rerun.table({"twins": claim}, r)
-    assert "| [twins](#twins) | difference | -0.1000 to 0.1000 | 0.0000 ± 0.0000 |  | shows |" in table
-    rerun.write({"twins": claim}, arms, r, tmp_path / "claims.md")
-    assert table in (tmp_path / "claims.md").read_text()
-    assert (tmp_path / "claims" / "twins.png").stat().st_size > 5000
-    other = {"a": arms["a"]._replace(flags=arms["a"].flags.replace("--steps 4", "--steps 5"))}
-    assert not rerun.is_finished("a-1", other, tmp_path) and not (tmp_path / "a-1" / "ckpt.pt").exists()
+             f"--n-embd 16 --steps 9 --eval-every 2 --cache-dir {tmp_path}")
+    monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 0.5, "learned": False})
+    arms = {"markov-a": Arm(flags, 2)}
+    last = rerun.train_run("markov-a-1", arms, tmp_path)
+    assert last["step"] == 9 and rerun.is_finished("markov-a-1", arms, tmp_path)
+    monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 1.0, "learned": True})
+    assert rerun.train_run("markov-a-2", arms, tmp_path)["step"] == 2
+    assert sample.load_checkpoint(tmp_path / "markov-a-2")["step"] == 3  # the step after that is saved
+    rerun.train_all(Results(arms, tmp_path), 1, "no.module")  # nothing is left to train
+    assert "0 runs" in capsys.readouterr().out
+    other = {"markov-a": Arm(flags.replace("--steps 9", "--steps 5"), 2)}
+    assert not rerun.is_finished("markov-a-1", other, tmp_path)
 
 
-@pytest.mark.parametrize("corpus", ["records", "chains"])
+@pytest.mark.parametrize("corpus", ["records", "haystack", "chains"])
 def test_a_reader_of_the_records_answers_every_question(corpus):
     class Reader(Bayes):
         def forward(self, idx, targets=None, cache=None):
@@ -215,8 +235,8 @@ def test_a_reader_of_the_records_answers_every_question(corpus):
 
     reader = Reader("psm")
     reader.config = GPTConfig(TOK.n_vocab, 512, 1, 1, 2)
-    out = probes.on_records(reader, TOK, {}, True, corpus)
-    assert out["recall"] == 1 and out["far"] == 1 and out["hops_1"] == 1
+    out = probes.PROBES[corpus](reader, TOK, {}, True)
+    assert out["recall"] == 1 and out["far"] == 1 and out["hops_1"] == 1 and out["learned"]
     assert ("hops_3" in out) == (corpus == "chains")
 
 
