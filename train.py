@@ -21,7 +21,7 @@ import sys
 import time
 import timeit
 from collections import defaultdict
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -227,7 +227,8 @@ def read_arguments(arguments=None):
 
 
 def load_start(path, preset):
-    """What --init-from names -> ({"model": weights, "tokenizer", "data"}, the settings that it fixes)."""
+    """What --init-from names -> (a checkpoint of step 0: "model", "tokenizer", "data"; the settings that it
+    fixes)."""
     if Path(path).name == "ckpt.pt" or Path(path, "ckpt.pt").is_file():
         start = load_checkpoint(path)
         tokenizer, data = start["config"]["tokenizer"], start["config"]["data"]
@@ -238,7 +239,7 @@ def load_start(path, preset):
     del fixed["attention"], fixed["dropout"]  # free to change: neither has weights, nor have rotary positions
     if fixed["position"] == "rope" and "block_size" in preset:
         del fixed["block_size"]
-    return {"model": start["model"], "tokenizer": start["tokenizer"], "data": data}, fixed
+    return {"step": 0, "model": start["model"], "tokenizer": start["tokenizer"], "data": data}, fixed
 
 
 # The loop
@@ -246,13 +247,14 @@ def load_start(path, preset):
 def train(config, start=None, measure=None):
     """Runs the training that config describes. Returns the last evaluation, {"held_out_bpb": bits per byte}.
 
-    start: the checkpoint to resume this run from, the weights of --init-from, or None for a new model.
+    start: the checkpoint to resume this run from, the weights of --init-from as one of step 0, or None for a
+    new model.
     measure(model, tok, step) -> {name: value}: more to write into metrics.jsonl at each evaluation."""
     # Data: documents -> token stream -> windows -> rows, as the objective makes them.
     device, rank, world = join_processes(config)
-    resuming = start is not None and "step" in start
     tok, batches, held_out_rows, text = make_data(config, start, rank, world)
-    if resuming and start["text"] != text:  # the name of its content: the same text may lie in another place
+    first = start["step"] if start else 0
+    if first and start["text"] != text:  # the name of its content: the same text may lie in another place
         raise OSError(f"--resume: --data {config.data} is not the text with which {config.out} was started; "
                       "put that back, or start anew with another --out")
 
@@ -262,59 +264,49 @@ def train(config, start=None, measure=None):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
     model = make_model(config, tok.n_vocab, device)
     optimizers = make_optimizers(model, config)
-    first = 0
     if start:
-        load_weights(model, start["model"], config.out if resuming else config.init_from)
-    if resuming:
-        first = start["step"]
+        load_weights(model, start["model"], config.out if first else config.init_from)
+    if first:
         for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     forward = torch.compile(model) if config.compile else model
     if world > 1:
         forward = DistributedDataParallel(forward)  # averages the processes' gradients within backward()
 
-    # A step has grad_accum micro-batches, n for each process. The first are built before the run's folder is:
-    # a bad value of an objective's knob shows here.
-    n = config.grad_accum // world
+    def numbers_of(step):
+        """A step has grad_accum micro-batches. Process r of w takes its numbers r, r + w, r + 2 w, ..."""
+        return range(step * config.grad_accum + rank, (step + 1) * config.grad_accum, world)
 
-    def build(step):
-        return build_batches(batches, [(step * n + i) * world + rank for i in range(n)], device)
-
-    micro_batches = build(first)
-    out, metrics = open_run(config, start if resuming else None) if rank == 0 else (None, None)
-    describe(config, model, tok, batches, device, start if resuming else None)
+    # The first are built before the run's folder is: a bad value of an objective's knob shows here.
+    micro_batches = build_batches(batches, numbers_of(first), device)
+    out, metrics = open_run(config, start if first else None) if rank == 0 else (None, None)
+    describe(config, model, tok, batches, device, start if first else None)
 
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
-    asked_to_stop = []
-
-    def ask_to_stop(*_):  # Ctrl-C or kill: save after this step. A second Ctrl-C stops at once
-        if asked_to_stop:
-            raise KeyboardInterrupt
-        asked_to_stop.append(True)
-
-    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
     report, logged, started = {}, first, time.perf_counter()
     model.train()
-    with tqdm(total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
-              disable=True if rank > 0 else None) as bar:
+    with signals_to_stop() as asked_to_stop, tqdm(
+            total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
+            disable=True if rank > 0 else None) as bar:
         for step in range(first, config.steps):
             # 1. Forward and backward. The loss of a step is the mean over all its targets, however they are
             # divided among micro-batches and processes.
             counts = [(targets != IGNORE).sum() for _, targets in micro_batches]
-            n_targets, loss = all_reduce_mean(sum(counts), world).clamp(min=1), 0.0
-            for i, (inputs, targets) in enumerate(micro_batches):
-                torch.manual_seed(config.seed * 2**32 + (step * n + i) * world + rank)  # decides dropout
-                with forward.no_sync() if world > 1 and i < n - 1 else nullcontext():
+            n_targets = all_reduce_mean(sum(counts), world).clamp(min=1)  # a mean: so DDP reduces gradients
+            numbers, loss = numbers_of(step), 0.0
+            for number, count, (inputs, targets) in zip(numbers, counts, micro_batches):
+                torch.manual_seed(config.seed * 2**32 + number)  # decides dropout
+                with forward.no_sync() if world > 1 and number != numbers[-1] else nullcontext():
                     with autocast:
                         micro_loss = forward(inputs, targets)[1]
-                    (micro_loss * counts[i] / n_targets).backward()
-                loss = loss + micro_loss.detach() * counts[i] / n_targets
+                    (micro_loss * count / n_targets).backward()
+                loss = loss + micro_loss.detach() * count / n_targets
 
             # 2. Build the next step's micro-batches, while a GPU is still at work.
             done = step + 1
             if done < config.steps:
-                micro_batches = build(done)
+                micro_batches = build_batches(batches, numbers_of(done), device)
 
             # 3. Update the weights.
             if config.clip:
@@ -367,8 +359,6 @@ def train(config, start=None, measure=None):
             if stop:
                 break
             logged, started = done, time.perf_counter()
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
     if world > 1:
         del forward  # freed after its process group, it may wait for ever
         dist.destroy_process_group()
@@ -620,6 +610,25 @@ def join_processes(config):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     return device, rank, world
+
+
+@contextmanager
+def signals_to_stop():
+    """Ctrl-C or kill fills the list that this gives, and the loop saves after its step. A second one stops at
+    once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def all_reduce_mean(x, world):
