@@ -204,7 +204,7 @@ def argmax_is_right(model, tok, texts):
 
 def on_questions(model, tok, knobs, is_last, corpus):
     """Questions answered, as a share: all (recall), by number of hops, and far: of those whose record is in
-    the farther half. learned: 90% of all are answered."""
+    the farther half. learned: 80% of all are answered, and of those far away."""
     results = []
     texts = documents(corpus, 100, seed=1)
     for text, (_, is_right) in zip(texts, argmax_is_right(model, tok, texts)):
@@ -220,7 +220,7 @@ def on_questions(model, tok, knobs, is_last, corpus):
         groups[f"hops_{q.hops}"].append(is_right)
         groups["far" if q.distance > half else "near"].append(is_right)
     out = {name: np.mean(answers) for name, answers in groups.items()}
-    return out | {"learned": out["recall"] >= 0.9}
+    return out | {"learned": min(out["recall"], out["far"]) >= 0.8}
 
 
 def attention_change(plain_model, masked_model, tok, n=64, T=64):

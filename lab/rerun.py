@@ -104,7 +104,7 @@ class Results:
         logs = self.log(arm)
         return [line["step"] for line in logs[0]], np.array([[line[name] for line in log] for log in logs])
 
-    def log_steps(self, arm, level=0.9, name="recall"):
+    def log_steps(self, arm, name="recall", level=0.8):
         """(seeds,): log of the step at which a curve first reaches a level, by linear interpolation between
         two evaluations; of its last step, where it never does."""
         out = []
