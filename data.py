@@ -39,9 +39,6 @@ from tqdm import tqdm
 GENERATED = ("markov", "relay", "records", "haystack", "chains", "programs")  # --data names of lab/corpora.py
 HELD_OUT = 0.05
 SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-# Standard library modules whose doctests lab/evaluate.py runs: --data stdlib leaves them out of training.
-EVALUATION_MODULES = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress",
-                      "statistics", "textwrap")
 
 
 # Documents
@@ -60,9 +57,7 @@ def source_files(source, cache_dir="cache"):
         from lab.corpora import write
         return [write(source, cache_dir)]
     if source == "stdlib":
-        root = Path(paths["stdlib"])
-        left_out = {root / f"{name}.py" for name in EVALUATION_MODULES}
-        return [f for f in files_below(root, SKIP_FOLDERS) if f.suffix == ".py" and f not in left_out]
+        return [f for f in files_below(paths["stdlib"], SKIP_FOLDERS) if f.suffix == ".py"]
     if source == "site-packages":
         roots = sorted({paths["purelib"], paths["platlib"]})
         return [f for root in roots for f in files_below(root) if f.suffix == ".py"]

@@ -1,28 +1,9 @@
-"""Where a model looks: the MEAP paper's analysis of attention, from the weights of the hand-written attention
-(model.causal_attention).
-
-    decay      how much less attention positions get once their input is <MASK>
-    variance   how much more unevenly the other positions are attended to
-    shares     of the last token's attention: how much falls on the context before the answer, the answer, the
-               context after it, and the query
-
-MEAP's explanation of its gains is that masked tokens need no attention, so that more is left for the tokens
-that matter.
+"""Where a model looks: the MEAP paper's analysis of attention. It explains MEAP's gains so: masked tokens
+need no attention (it decays), and more is left for the tokens that matter (its variance over the others
+rises, and so does the share on the answer to a question).
 """
 import numpy as np
 import torch
-
-from objectives import mask
-
-# A question whose answer stands in the middle, like the paper's example: context before, answer, context
-# after, query.
-PASSAGE = ("Paris is the capital of France and lies on the river Seine. Its museums and its parks have many "
-           "visitors. One of its landmarks is known all over the world. ",
-           "The Eiffel Tower was built from 1887 to 1889 by the company of the engineer Gustave Eiffel. ",
-           "From the top one can see the whole city. At night it is lit by thousands of lamps, and there is "
-           "a restaurant on the first floor. ",
-           "Question: Who built the Eiffel Tower? Answer: It was built by")
-SEGMENTS = ("context before", "answer", "context after", "query")
 
 
 @torch.no_grad()
@@ -53,17 +34,6 @@ def received(model, rows):
     return torch.cat(parts).numpy().astype(np.float64)
 
 
-def masked_change(plain_model, masked_model, tok, stream, n, seed, mask_ratio=0.15):
-    """What masking changes, on n held-out windows: the plain input X_N to one model, the masked input X_M to
-    the same or another model. Returns the arrays of compare."""
-    rng = np.random.default_rng(seed)
-    T = min(plain_model.config.block_size, masked_model.config.block_size)
-    starts = rng.integers(len(stream) - T, size=n) if len(stream) > T else []
-    plain = np.array([stream[start:start + T] for start in starts], np.int64).reshape(-1, T)
-    masked = np.array([mask(row, mask_ratio, tok, rng) for row in plain], np.int64).reshape(-1, T)
-    return compare(received(plain_model, plain), received(masked_model, masked), masked == tok.mask)
-
-
 def compare(plain, masked, is_masked):
     """Att(X_N), Att(X_M) and where X_M is <MASK>, all (n, T) -> arrays (n,): Att(X_N) summed over the masked
     positions, and its fall to Att(X_M); the variance of Att(X_N) over the other positions, and its rise to
@@ -76,7 +46,7 @@ def compare(plain, masked, is_masked):
     return before, fall, variance, after - variance
 
 
-def shares(model, tok, segments=PASSAGE):
+def shares(model, tok, segments):
     """Of the last token's attention, how much falls on each of four texts: array (L * H, 4), whose rows sum
     to 1. Where they do not fit the context, the two contexts lose their far ends, in proportion."""
     parts, room = [tok.encode(text) for text in segments], model.config.block_size

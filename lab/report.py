@@ -1,26 +1,20 @@
-"""Figures with their errors, and the tables that evaluate.py prints.
-
-A figure is {"mean", "se", "n", "unit"}; a task's result is {name: figure}, and results are {run: {task:
-result}}. A result may hold more for figures.py to draw, such as a "grid"; the tables leave that out.
+"""Figures with their errors, {"mean", "se", "n", "unit"}, and the tables of evaluate.py's results, which are
+{run: {task: {name: figure}}}.
 """
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
-from sample import load_checkpoint
-
 # Settings in which runs that are pooled may differ.
-MAY_DIFFER = {"seed", "out", "cache_dir", "device", "compile", "eval_every", "eval_tokens", "save_every"}
+MAY_DIFFER = {"seed", "out", "cache_dir", "device", "compile", "eval_every", "eval_tokens", "save_every",
+              "knobs"}  # each knob is compared alone
 
 
 def figure(values, weights=None, unit="%"):
     """A mean and its standard error: sum(values) / sum(weights), weights 1 by default.
 
     The error is a ratio estimator's, sqrt(n / (n-1) sum (v - mean w)^2) / sum(w); with weights 1 that is std
-    / sqrt(n). Values that depend on each other (ten holes of one function) should come in as their sum, with
-    the sum of their weights. unit: "%" for shares (kept as 0 to 1), or the unit to print. An empty sample has
-    the mean None."""
+    / sqrt(n). unit: "%" for shares (kept as 0 to 1), or the unit to print. The mean of no values is None."""
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     n, total = len(values), weights.sum()
@@ -29,18 +23,6 @@ def figure(values, weights=None, unit="%"):
     if total and n > 1:
         se = float(np.sqrt(n / (n - 1) * ((values - mean * weights) ** 2).sum()) / total)
     return {"mean": mean, "se": se, "n": n, "unit": unit}
-
-
-def figures_by(keys, values):
-    """{key: figure of the values that have it}, keys in the order in which they come."""
-    groups = defaultdict(list)
-    for key, value in zip(keys, values):
-        groups[key].append(value)
-    return {key: figure(group) for key, group in groups.items()}
-
-
-def only_figures(result):
-    return {name: f for name, f in result.items() if isinstance(f, dict) and "mean" in f}
 
 
 def table(results):
@@ -54,7 +36,7 @@ def table(results):
 
     lines = [("task", "", "", *results)]
     for task in next(iter(results.values())):
-        columns = [only_figures(tasks[task]) for tasks in results.values()]
+        columns = [tasks[task] for tasks in results.values()]
         units = {name: f["unit"] for column in columns for name, f in column.items()}
         lines += [(task, name, unit, *(cell(column.get(name)) for column in columns))
                   for name, unit in units.items()]
@@ -72,27 +54,23 @@ def pool(results, configs):
     for objective, runs in groups.items():
         column = pooled[f"{objective} ({len(runs)})"] = {}
         for task in runs[0]:
-            found = [pair for run in runs for pair in only_figures(run[task]).items()]
-            column[task] = {name: figure([other["mean"] for its_name, other in found if its_name == name and
-                                          other["mean"] is not None], unit=f["unit"]) for name, f in found}
+            units = {name: f["unit"] for run in runs for name, f in run[task].items()}
+            means = {name: [run[task][name]["mean"] for run in runs if name in run[task]] for name in units}
+            column[task] = {name: figure([mean for mean in means[name] if mean is not None], unit=unit)
+                            for name, unit in units.items()}
     return pooled
 
 
 def check_pool(configs):
     """Raises ValueError where two of {run: its config} have one objective, but other settings than the seed
-    differ. Runs that were fine-tuned may start from runs that differ in the seed."""
-    def settings(config):
-        kept = {name: value for name, value in (config | config["knobs"]).items() if name not in MAY_DIFFER}
-        if config.get("init_from") and Path(config["init_from"], "ckpt.pt").is_file():
-            kept["init_from"] = settings(load_checkpoint(config["init_from"])["config"])
-        return kept
-
+    differ. Runs that were fine-tuned may start from ntp-1 and ntp-2."""
     firsts = {}
     for run, config in configs.items():
-        first = firsts.setdefault(config["objective"], run)
-        one, other = settings(configs[first]), settings(config)
-        differ = sorted(name for name in one | other if name != "knobs" and one.get(name) != other.get(name))
-        if differ:
-            values = [(configs[r] | configs[r]["knobs"]).get(differ[0]) for r in (first, run)]
-            raise ValueError(f"--pool: {first} and {run} differ in more than the seed: {', '.join(differ)} "
-                             f"({differ[0]} is {values[0]} and {values[1]})")
+        settings = {name: value for name, value in (config | config["knobs"]).items()
+                    if name not in MAY_DIFFER}
+        settings["init_from"] = config.get("init_from", "").rstrip("0123456789")
+        first, expected = firsts.setdefault(config["objective"], (run, settings))
+        for name in sorted(settings | expected):
+            if settings.get(name) != expected.get(name):
+                raise ValueError(f"--pool: {first} and {run} differ in more than the seed: {name} is "
+                                 f"{expected.get(name)} and {settings.get(name)}")

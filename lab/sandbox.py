@@ -4,10 +4,9 @@
     run(source, "heapq", {"merge": docstring})      the source as module heapq, then a docstring's examples
 
 The process has a time and a memory limit and an empty folder, and an audit hook (PEP 578) refuses sockets,
-other processes, ctypes, writing outside the folder and any other change to the file system. That is a guard
-against accidents: an endless loop, a hungry list, a stray open(..., "w"). It is no wall against malice: code
-in the same process can undo what Python does, and reading files is allowed. Code from strangers belongs in a
-container.
+other processes, ctypes, and any change to files outside the folder. That guards against accidents: an endless
+loop, a hungry list, a stray open(..., "w"). It is no wall against malice: code in the same process can undo
+what Python does, and reading files is allowed. Code from strangers belongs in a container.
 """
 import json
 import math
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from typing import NamedTuple
 
 OUTPUT = 2**20  # bytes that a program may print, or write into a file
@@ -27,100 +27,65 @@ HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.
 
 class Outcome(NamedTuple):
     ok: bool        # everything passed
-    passed: dict    # {name: did it}: the program, or each docstring, or each hole
-    lines: dict     # {name: the program's lines that its examples ran}, where trace was asked for
+    passed: dict    # {name: did it}: of the program, or of each docstring
     why: str        # the end of what was printed, or which limit was met
 
 
-def run(program, module="__main__", docstrings=None, holes=None, trace=False, timeout=5.0, memory=2**29,
-        each=2.0):
+def run(program, module="__main__", docstrings=None, timeout=5.0, memory=2**29, each=2.0):
     """Runs the program (source text) under a module's name, and the examples of docstrings ({name: text}) in
-    it, each in a fresh copy; or, with holes ({name: (start, end, name of a docstring)}), in a copy without
-    program[start:end].
+    it, each in a fresh copy.
 
     timeout: seconds of the CPU; ten times as many of the clock, since the machine may be busy. memory: bytes
-    of address space. each: seconds of the CPU for one of several. They hold where the system knows such
-    limits. Whatever the program does, nothing is raised here."""
-    if holes is None:
-        holes = {name: (0, 0, name) for name in docstrings or ()} or {"program": (0, 0, None)}
-    job = {"program": program, "module": module, "docstrings": docstrings or {}, "holes": holes,
-           "trace": trace, "timeout": timeout, "memory": memory, "each": each,
-           "token": secrets.token_hex(16)}
+    of address space. each: seconds of the CPU for one of several docstrings. They hold where the system knows
+    such limits. Whatever the program does, nothing is raised here."""
+    job = {"program": program, "module": module, "docstrings": docstrings or {"program": ""},
+           "timeout": timeout, "memory": memory, "each": each, "token": secrets.token_hex(16)}
     env = {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}
     temporary = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     with temporary as folder, tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([sys.executable, "-I", "-B", __file__], cwd=folder, env=env, stdout=output,
-                                   stdin=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            process.communicate(json.dumps(job).encode(), 10 * timeout)
+            status = subprocess.run([sys.executable, "-I", "-B", __file__], cwd=folder, env=env,
+                                    input=json.dumps(job).encode(), stdout=output, stderr=subprocess.STDOUT,
+                                    start_new_session=True, timeout=10 * timeout).returncode
         except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            status = None
         output.seek(0)
         printed, _, verdict = output.read(2 * OUTPUT).decode("utf-8", "replace").partition(job["token"])
-    if not verdict:
-        stopped = process.returncode in (-signal.SIGKILL, -getattr(signal, "SIGXCPU", 0))
-        if stopped:
-            printed = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over"
-        why = printed.strip()[-300:] or f"left early, with status {process.returncode}"
-        return Outcome(False, {}, {}, why)
-    passed, lines = json.loads(verdict)
-    return Outcome(all(passed.values()), passed, lines, printed.strip()[-300:])
+    why = printed.strip()[-300:]
+    if verdict:
+        passed = json.loads(verdict)
+        return Outcome(all(passed.values()), passed, why)
+    if status in (None, -9, -24):  # the clock; SIGKILL and SIGXCPU, by which a limit on the CPU ends it
+        why = f"stopped: {timeout:g} s of the CPU, or ten times as many of the clock, are over"
+    return Outcome(False, {}, why or f"left early, with status {status}")
 
 
 def child():
     """What the process does: reads the job, limits itself, runs it, and prints token and verdict."""
     import doctest
     import traceback
-    import types
     job = json.loads(sys.stdin.buffer.read())
     limit(job["timeout"], job["memory"])
-    many = len(job["holes"]) > 1 and hasattr(signal, "setitimer")
+    many = len(job["docstrings"]) > 1 and hasattr(signal, "setitimer")
     if many:  # one endless loop must not take the others' time
-        signal.signal(signal.SIGPROF, out_of_time)
+        signal.signal(signal.SIGPROF, signal.default_int_handler)
     sys.addaudithook(guard(os.path.realpath(os.getcwd())))
-    name, filename, code, passed, lines = job["module"], f"<{job['module']}>", {}, {}, {}
-    for key, (start, end, docstring) in job["holes"].items():
-        ran = lines[key] = []
-
-        def tracer(frame, event, _):
-            if frame.f_code.co_filename != filename:
-                return None
-            ran.append(frame.f_lineno)
-            return tracer
-
+    code, passed = None, {}
+    for key, docstring in job["docstrings"].items():
         passed[key] = False
         try:
             if many:
                 signal.setitimer(signal.ITIMER_PROF, job["each"], job["each"])
-            if (start, end) not in code:
-                program = job["program"][:start] + job["program"][end:]
-                code = {(start, end): compile(program, filename, "exec")}
-            module = sys.modules[name] = types.ModuleType(name)
-            module.__file__ = filename
-            exec(code[start, end], module.__dict__)
-            if docstring:
-                text = job["docstrings"][docstring]
-                test = doctest.DocTestParser().get_doctest(text, dict(module.__dict__), docstring, None, 0)
-                sys.settrace(tracer if job["trace"] else None)
-                passed[key] = doctest.DocTestRunner(verbose=False).run(test).failed == 0
-            else:
-                passed[key] = True
-        except (Exception, SystemExit):
+            code = code or compile(job["program"], job["module"], "exec")
+            exec(code, namespace := {"__name__": job["module"]})
+            test = doctest.DocTestParser().get_doctest(docstring, namespace, key, None, 0)
+            passed[key] = doctest.DocTestRunner(verbose=False).run(test).failed == 0
+        except BaseException:
             traceback.print_exc()
         if many:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.settrace(None)
-        ran[:] = sorted(set(ran))
     sys.stdout = sys.__stdout__
-    print(job["token"] + json.dumps([passed, lines]), flush=True)
-
-
-def out_of_time(*_):
-    raise TimeoutError("its time on the CPU is over")
+    print(job["token"] + json.dumps(passed), flush=True)
 
 
 def limit(seconds, memory):
@@ -130,11 +95,9 @@ def limit(seconds, memory):
     except ImportError:  # Windows
         return
     for name, bound in {"RLIMIT_CPU": math.ceil(seconds), "RLIMIT_AS": memory, "RLIMIT_FSIZE": OUTPUT,
-                       "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}.items():
-        try:
+                        "RLIMIT_NPROC": 0, "RLIMIT_CORE": 0}.items():
+        with suppress(AttributeError, OSError, ValueError):
             resource.setrlimit(getattr(resource, name), (bound, bound))
-        except (AttributeError, OSError, ValueError):
-            pass
 
 
 def guard(folder):
