@@ -8,12 +8,9 @@
     POST /v1/completions   OpenAI's: fills a hole if "suffix" is given, else continues the text; "stream", too
     GET  /health, /v1/models
 
-    connection -> Handler (a thread each): reads and checks a request -> Job
-               -> Server.complete (one thread, with the model and a PromptCache): one job at a time
-               -> infills and timings -> Handler -> JSON
-
-A newer job from the same client cancels all that differ from it: an editor asks anew at each key. Whatever
-JSON is sent, the answer is a completion, or a status from 400 on and a sentence: {"error":{"message":...}}.
+Each connection has a thread, which makes a Job of a request; one more thread does one job at a time. A newer
+job cancels older ones of the same client, except its equals: an editor asks anew at each key. Whatever is
+sent, the answer is a completion, or a status from 400 on with {"error":{"message": a sentence}}.
 """
 import json
 import re
@@ -22,31 +19,30 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 
 from data import newlines
-from sample import (NOT_STOPPED, REPEATS, Infill, Parser, PromptCache, best_first, collect, generate,
-                    infill_prompt, load_model, newest_run, one_line_errors, pick_device, where_suffix_repeats,
-                    within)
+from sample import (NOT_STOPPED, Parser, PromptCache, best_first, collect, generate, infill_prompt,
+                    load_model, newest_run, one_line_errors, pick_device, where_suffix_repeats, within)
 
 LARGEST = 2**23  # bytes of a request's body
+KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "texts"}
+compact = partial(json.dumps, separators=(",", ":"))  # llama.vim looks for "content":" in an answer
 # A page that shows an infill at each key. (409: of a request that a newer one has overtaken.)
 PAGE = b"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>nanogap</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
-<style>
-body { margin: 1rem auto; max-width: 50rem; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
-textarea, output { display: block; box-sizing: border-box; width: 100%; min-height: 3em;
-  font: 1rem/1.5 ui-monospace, monospace; white-space: pre-wrap; }
-output { background: #fff3d6; color: #1b1b1b; font-weight: bold; }
-</style>
+<meta name="viewport" content="width=device-width">
+<style>textarea, output { display: block; box-sizing: border-box; width: 100%; min-height: 3em;
+  margin-bottom: 1em; font: 1em monospace; white-space: pre-wrap }
+output { background: #fff3d6; color: #1b1b1b }</style>
 <label>Before the hole <textarea id="prefix" rows="8">def mean(xs):\n    return </textarea></label>
 <label>The model's infill <output id="infill"></output></label>
 <label>After the hole <textarea id="suffix" rows="8"> / len(xs)\n</textarea></label>
 <script>
-const [prefix, suffix, infill] = ["prefix", "suffix", "infill"].map(id => document.getElementById(id));
 (document.oninput = async () => {
   const body = JSON.stringify({input_prefix: prefix.value, input_suffix: suffix.value});
   const {content, error} = await (await fetch("/infill", {method: "POST", body})).json();
@@ -56,20 +52,14 @@ const [prefix, suffix, infill] = ["prefix", "suffix", "infill"].map(id => docume
 """
 
 
-class Refused(ValueError):
-    """Its args: the status code of an answer, and the sentence."""
-
-
 @dataclass
 class Job:
-    """A hole to fill or, with suffix None, a text to continue."""
+    """A text to complete."""
     client: tuple        # address, User-Agent and OpenAI's "user"
-    prefix: str
-    suffix: str
-    n: int               # completions
-    max_new_tokens: int
+    prompt: list         # ids
+    suffix: str          # of the hole; "" where there is none
     stop: list           # texts: a completion ends before the first of them
-    sampling: dict       # generate's temperature, top_k, top_p and seed
+    settings: dict       # of generate: n, max_new_tokens, temperature, top_k, top_p, seed
 
 
 class Server(ThreadingHTTPServer):
@@ -80,97 +70,81 @@ class Server(ThreadingHTTPServer):
         self.host, self.name = host.lower(), Path(ckpt).resolve().name
         self.model, self.tok, _ = load_model(ckpt, pick_device(device))
         self.cache = PromptCache(self.model.config)
-        self.newest = {}                      # client -> its newest job
-        self.worker = ThreadPoolExecutor(1)   # takes the jobs in the order of their arrival
+        self.newest = WeakValueDictionary()  # client -> its newest job, until that is answered
+        self.worker = ThreadPoolExecutor(1)  # takes the jobs in the order of their arrival
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: cannot listen there ({error})") from None
 
-    def complete(self, job, is_gone, send=None):
-        """A job, in the worker -> a list of Infill, the best first; the prompt's number of tokens; timings as
-        llama.cpp names them. is_gone() tells whether the client has closed the connection; send is called
-        with each new piece of a single completion's text. Raises Refused if cancelled."""
-        def check_wanted():
+    def complete(self, job, send):
+        """A job -> [(text, OpenAI's finish_reason)], the best first; timings as llama.cpp names them.
+
+        send: called with each new piece of a single completion. Raises ValueError if cancelled."""
+        def check_newest():
             if self.newest.get(job.client, job) != job:
-                raise Refused(409, "cancelled: a newer request came from the same client")
-            if is_gone():
-                raise Refused(400, "cancelled: the client has closed the connection")
+                raise ValueError("cancelled: a newer request came from the same client", 409)
 
         def cut(text):
             text = text[:min((i for i in map(text.find, job.stop) if i >= 0), default=None)]
-            return text[:where_suffix_repeats(text, job.suffix or "")]
+            return text[:where_suffix_repeats(text, job.suffix)]
 
-        check_wanted()
-        prompt, eot = self.prompt(job), self.tok.eot
-        cache = self.cache if job.n == 1 else None
-        if cache:
-            cache.cut_back_to(prompt)
-        idx = torch.tensor([prompt], device=next(self.model.parameters()).device)  # (1, T)
-        steps, ids, times, sent = [], [], [time.monotonic()], 0
-        unsure = max(map(len, job.stop), default=1) - 1  # last characters, which may begin a stop text
-        for step in generate(self.model, idx, job.max_new_tokens, stop=eot, n=job.n, allowed=eot + 1,
-                             cache=cache, **job.sampling):
+        check_newest()
+        is_one = job.settings["n"] == 1
+        cache = self.cache if is_one else PromptCache(self.model.config)
+        cache.cut_back_to(job.prompt)
+        idx = torch.tensor([job.prompt], device=next(self.model.parameters()).device)  # (1, T)
+        steps, ids, times, n_sent = [], [], [time.monotonic()], 0
+        n_unsure = max(map(len, job.stop), default=1) - 1  # last characters, which may begin a stop text
+        for step in generate(self.model, idx, stop=self.tok.eot, allowed=self.tok.eot + 1, cache=cache,
+                             **job.settings):
             steps.append(step)
             times.append(time.monotonic())
-            check_wanted()
-            if job.n == 1:
+            check_newest()
+            if is_one:
                 ids += step[0].tolist()
                 text = self.tok.decode(ids, "ignore")
                 if cut(text) != text:
                     break
-                if send and len(text) - unsure > sent:
-                    send(text[sent:len(text) - unsure])
-                    sent = len(text) - unsure
-        infills = best_first(collect(steps, self.tok), self.tok)
-        for sample in infills:
-            whole, sample.text = sample.text, cut(sample.text)
-            if sample.text != whole:
-                sample.ended = REPEATS
-        if send and len(infills[0].text) > sent:
-            send(infills[0].text[sent:])
-        n_computed = len(prompt) - (cache.reused if cache else 0)
+                n_before, n_sent = n_sent, max(n_sent, len(text) - n_unsure)
+                send(text[n_before:n_sent])
+        answers = []
+        for sample in best_first(collect(steps, self.tok), self.tok):
+            is_whole = cut(sample.text) == sample.text and sample.ended == NOT_STOPPED
+            answers.append((cut(sample.text), "length" if is_whole else "stop"))
+        send(answers[0][0][n_sent:])
         timings = {}
-        for name, n, seconds in (("prompt", n_computed, times[1] - times[0]),
+        for name, n, seconds in (("prompt", len(job.prompt) - cache.reused, times[1] - times[0]),
                                  ("predicted", len(steps), times[-1] - times[1])):
             timings |= {f"{name}_n": n, f"{name}_ms": 1000 * seconds,
                         f"{name}_per_second": n / max(seconds, 1e-9)}
-        return infills, len(prompt), timings
-
-    def prompt(self, job):
-        """A job -> its prompt's ids, trimmed to leave room for max_new_tokens."""
-        size = self.model.config.block_size
-        most = size * max(map(len, self.tok.vocabulary))  # characters that may fit: why encode a million?
-        if job.suffix is not None:
-            return infill_prompt(self.model, self.tok, job.prefix[-most:], job.suffix[:most],
-                                 job.max_new_tokens)
-        ids = self.tok.encode(job.prefix[-most:]) or [self.tok.eot]  # <EOT>: a document begins
-        return ids[-(size - job.max_new_tokens):]
+        return answers, timings
 
 
 class Handler(BaseHTTPRequestHandler):
     """A connection, and the requests that come over it one after the other."""
     protocol_version = "HTTP/1.1"   # connections stay open, and Expect: 100-continue is answered
-    server_version = "nanogap"
     disable_nagle_algorithm = True  # else the body would wait until the client has confirmed the headers
     timeout = 10.0                  # seconds in which a client must go on to send, or accept a piece
 
     def do_GET(self):
-        model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "nanogap"}
-        self.respond({"/": lambda: self.answer(200, PAGE, "text/html"),
-                      "/health": lambda: self.answer(200, {"status": "ok"}),
-                      "/v1/models": lambda: self.answer(200, {"object": "list", "data": [model]})})
-
-    def do_POST(self):
-        self.respond({"/infill": self.infill, "/v1/completions": self.completions})
-
-    def respond(self, routes):
-        path = self.path.partition("?")[0]
+        models = {"object": "list", "data": [{"id": self.server.name, "object": "model"}]}
+        routes = {"GET /": lambda: PAGE, "GET /health": lambda: {"status": "ok"},
+                  "GET /v1/models": lambda: models, "POST /infill": self.infill,
+                  "POST /v1/completions": self.completions}
+        route = f"{self.command} {self.path.partition('?')[0]}"
+        host, origin = self.headers.get("Host", "").lower(), self.headers.get("Origin")
         try:
-            self.check_caller()
-            if path not in routes:
-                raise Refused(404, f"{self.command} {short(path)}: expected {' or '.join(routes)}")
-            routes[path]()
+            # A browser names in Origin the page that sends a POST, in Host the name that it looked up:
+            # perhaps a foreign page's own, for this machine (DNS rebinding). An address is no such name.
+            is_ours = re.fullmatch(rf"(localhost|{re.escape(self.server.host)}|[0-9.]+)(:\d+)?", host)
+            if origin and not (is_ours and origin == f"http://{host}"):
+                raise ValueError(f"Origin {compact(origin):.60}: expected no other web page to ask", 403)
+            if route not in routes:
+                raise ValueError(f"{compact(route):.60}: expected {' or '.join(routes)}", 404)
+            content = routes[route]()
+            if content is not None:  # else it was streamed
+                self.answer(200, content)
         except ValueError as error:
             content = error_content(error)
             self.answer(content["error"]["code"], content)
@@ -178,138 +152,111 @@ class Handler(BaseHTTPRequestHandler):
             while self.rfile.read(2**16):  # a client that still sends would be cut off before it reads this
                 pass
 
-    def check_caller(self):
-        """Raises Refused if a web page other than ours sent the request. A browser names the page in Origin;
-        and in Host the name that it looked up, which may be a page's own that leads to this machine (DNS
-        rebinding; an address is no such name)."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        name, is_open = host.partition(":")[0].lower(), self.server.host == "0.0.0.0"
-        is_ours = name in ("localhost", "127.0.0.1", self.server.host) or (
-            is_open and re.fullmatch("[0-9.]+", name))
-        if not is_ours and not is_open:
-            raise Refused(403, f"Host {short(name)}: expected localhost, or what --host says")
-        if origin and not (is_ours and origin == f"http://{host}"):
-            raise Refused(403, f"Origin {short(origin)}: expected no other web page to ask")
+    do_POST = do_GET
 
     def infill(self):
         """llama.cpp's. Its input_extra, text of other files, is left out: a small context has no room."""
         body = self.read_json()
         prefix = get(body, "input_prefix", str, "") + get(body, "prompt", str, "")
         job = self.job(body, prefix, get(body, "input_suffix", str, ""), "n_cmpl", "n_predict", 64)
-        if get(body, "stream", bool, False):
+        if get(body, "stream", bool):
             raise ValueError("stream true: expected false, or /v1/completions, which can")
-        wanted = get(body, "response_fields", list, None)
-        infills, n_prompt, timings = self.run(job)
+        answers, timings = self.run(job)
         shared = {"model": self.server.name, "stop": True, "timings": timings,
-                  "tokens_cached": n_prompt + timings["predicted_n"],
-                  "generation_settings": {"n_ctx": self.server.model.config.block_size}}
-        answers = [{"content": sample.text, "index": i} | shared for i, sample in enumerate(infills)]
-        if wanted is not None:  # llama.vim's, for example: content, timings/prompt_n
-            flat = {f"timings/{name}": value for name, value in timings.items()}
-            answers = [{name: value for name, value in (answer | flat).items() if name in wanted}
-                       for answer in answers]
-        self.answer(200, answers[0] if job.n == 1 else answers)
+                  "tokens_cached": len(job.prompt) + timings["predicted_n"],
+                  "generation_settings": {"n_ctx": self.server.model.config.block_size},
+                  **{f"timings/{name}": value for name, value in timings.items()}}  # so llama.vim reads them
+        contents = [{"content": text, "index": i} | shared for i, (text, _) in enumerate(answers)]
+        return contents[0] if len(contents) == 1 else contents
 
     def completions(self):
         """OpenAI's; streamed, it is server-sent events."""
         body = self.read_json()
-        prefix, suffix = get(body, "prompt", str, ""), get(body, "suffix", str, None)
-        if suffix is None:
-            prefix, suffix = read_sentinels(prefix)
+        prefix, suffix = get(body, "prompt", str, ""), get(body, "suffix", str)
+        match = re.fullmatch("(?s)<PRE>( ?)(.*)\\1<MID>", prefix)
+        if suffix is None and match:  # "<PRE> prefix <SUF>suffix <MID>", as for Code Llama, or without spaces
+            prefix, _, suffix = match[2].partition(f"{match[1]}<SUF>")
         job = self.job(body, prefix, suffix, "n", "max_tokens", 16)
         head = {"id": f"cmpl-{time.time_ns()}", "object": "text_completion",
                 "created": int(time.time()), "model": self.server.name}
 
-        def choice(text, ended=None, index=0):
-            reason = ended and ("length" if ended == NOT_STOPPED else "stop")
-            return {"text": text, "index": index, "logprobs": None, "finish_reason": reason}
+        def completion(*answers):
+            return head | {"choices": [{"text": text, "index": i, "logprobs": None, "finish_reason": reason}
+                                       for i, (text, reason) in enumerate(answers)]}
 
         def send(content):
-            self.wfile.write(b"data: %s\n\n" % compact(content))
+            self.wfile.write(f"data: {compact(content)}\n\n".encode())
 
-        if not get(body, "stream", bool, False):
-            infills, n_prompt, timings = self.run(job)
-            choices = [choice(sample.text, sample.ended, i) for i, sample in enumerate(infills)]
-            n_new = timings["predicted_n"]
-            return self.answer(200, head | {"choices": choices, "usage": {
-                "prompt_tokens": n_prompt, "completion_tokens": n_new, "total_tokens": n_prompt + n_new}})
-        if job.n > 1:
-            raise ValueError(f"n {job.n}: expected 1 with stream")
-        self.send_head(200, {"Content-Type": "text/event-stream", "Connection": "close"})  # at the end
+        if not get(body, "stream", bool):
+            answers, timings = self.run(job)
+            n_prompt, n_new = len(job.prompt), timings["predicted_n"]
+            return completion(*answers) | {"usage": {"prompt_tokens": n_prompt, "completion_tokens": n_new,
+                                                     "total_tokens": n_prompt + n_new}}
+        if job.settings["n"] > 1:
+            raise ValueError(f"n {job.settings['n']}: expected 1 with stream")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")  # at the end
+        self.end_headers()
         try:
-            infills, *_ = self.run(job, lambda piece: send(head | {"choices": [choice(piece)]}))
+            [(_, reason)], _ = self.run(job, lambda text: text and send(completion((text, None))))
+            send(completion(("", reason)))
+            self.wfile.write(b"data: [DONE]\n\n")
         except ValueError as error:
-            return send(error_content(error))
-        send(head | {"choices": [choice("", infills[0].ended)]})
-        self.wfile.write(b"data: [DONE]\n\n")
+            send(error_content(error))
 
     def job(self, body, prefix, suffix, n_name, max_name, max_default):
-        """What both protocols share -> Job. Raises ValueError for bad values. A completion has at most a
-        quarter of the context, so that the text has the rest."""
-        client = (self.client_address[0], self.headers.get("User-Agent"), get(body, "user", str, ""))
-        n, most = get(body, n_name, int, 1, 1, 16), self.server.model.config.block_size // 4
-        max_new_tokens = get(body, max_name, int, max_default)  # negative: as many as there can be
-        stop = body.get("stop")
-        stop = [stop] if isinstance(stop, str) else get(body, "stop", list, [])
-        if len(stop) > 64 or not all(isinstance(text, str) for text in stop):
-            raise ValueError(f"stop {short(stop)}: expected up to 64 texts")
-        sampling = {"temperature": get(body, "temperature", float, 0.0 if n == 1 else 0.8, 0, 100),
+        """What both protocols share -> Job. suffix None: the prefix is continued. Raises ValueError."""
+        model, tok, size = self.server.model, self.server.tok, self.server.model.config.block_size
+        n, most = get(body, n_name, int, 1, 1, 16), get(body, max_name, int, max_default)
+        most = size // 4 if most < 0 else min(most, size // 4)  # the text has the rest of the context
+        settings = {"n": n, "max_new_tokens": most,
+                    "temperature": get(body, "temperature", float, 0.0 if n == 1 else 0.8, 0, 100),
                     "top_k": max(0, get(body, "top_k", int, 0)),
                     "top_p": max(1e-6, get(body, "top_p", float, 1.0, 0, 1)),
                     "seed": get(body, "seed", int, 1, -1, 2**63 - 1)}
-        return Job(client, prefix, suffix, n, most if max_new_tokens < 0 else min(max_new_tokens, most),
-                   [newlines(text) for text in stop if text], sampling)
+        longest = size * max(map(len, tok.vocabulary))  # characters that may fit: why encode a million?
+        prefix, suffix = prefix[-longest:], suffix and suffix[:longest]
+        if suffix is None:  # <EOT>: a document begins
+            prompt = (tok.encode(prefix) or [tok.eot])[most - size:]
+        else:
+            prompt = infill_prompt(model, tok, prefix, suffix, most)
+        stop = [newlines(text) for text in get(body, "stop", list, [])[:64] if text]
+        client = self.client_address[0], self.headers.get("User-Agent"), get(body, "user", str)
+        return Job(client, prompt, suffix or "", stop, settings)
 
-    def run(self, job, send=None):
+    def run(self, job, send=lambda text: None):
         """A job -> what Server.complete returns, from the worker."""
-        if job.max_new_tokens == 0:  # llama.vim, so that llama.cpp reads input_extra in advance
-            return [Infill("", NOT_STOPPED, 0.0)] * job.n, 0, {"prompt_n": 0, "predicted_n": 0}
-        newest = self.server.newest
-        newest[job.client] = job
-        try:
-            return self.server.worker.submit(self.server.complete, job, self.is_gone, send).result()
-        finally:
-            if newest.get(job.client) is job:
-                del newest[job.client]
-
-    def is_gone(self):
-        """True if the client has closed the connection, which then reads as ended."""
-        self.connection.settimeout(0)
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:  # open, and nothing sent
-            return False
-        finally:
-            self.connection.settimeout(self.timeout)
+        if job.settings["max_new_tokens"] == 0:  # llama.vim, so that llama.cpp reads input_extra in advance
+            return [("", "length")] * job.settings["n"], {"prompt_n": 0, "predicted_n": 0}
+        self.server.newest[job.client] = job
+        return self.server.worker.submit(self.server.complete, job, send).result()
 
     def read_json(self):
-        """The body, a JSON object, as a dict. Raises Refused or ValueError."""
+        """The body, a JSON object, as a dict. Raises ValueError."""
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch("[0-9]{1,15}", length):
-            raise Refused(411, f"Content-Length {short(length)}: expected the number of the body's bytes")
-        if int(length) > LARGEST:
-            raise Refused(413, f"a body of {length} bytes: expected at most {LARGEST}")
+        if not re.fullmatch("[0-9]{1,15}", length) or int(length) > LARGEST:
+            raise ValueError(f"Content-Length {compact(length):.60}: expected 0 to {LARGEST} bytes", 413)
         try:
-            body = json.loads(self.rfile.read(int(length)))
+            return dict(json.loads(self.rfile.read(int(length))))
         except TimeoutError:
-            raise Refused(408, f"the body did not come within {self.timeout:g} s") from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the body is not JSON ({error})") from None
-        if not isinstance(body, dict):
-            raise ValueError(f"the body is {short(body)}: expected a JSON object")
-        return body
+            raise ValueError(f"the body did not come within {self.timeout:g} s", 408) from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"the body is no JSON object ({error})") from None
 
-    def answer(self, code, content, kind="application/json"):
-        body = content if isinstance(content, bytes) else compact(content)
-        self.send_head(code, {"Content-Type": kind, "Content-Length": len(body)}
-                       | ({"Connection": "close"} if code >= 400 else {}))
+    def answer(self, code, content):
+        body = PAGE if content is PAGE else compact(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html" if content is PAGE else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if code >= 400:
+            self.send_header("Connection", "close")
+        self.end_headers()
         self.wfile.write(body)
 
-    def send_head(self, code, headers):
-        self.send_response(code)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself refuses, in JSON in place of HTML."""
+        self.answer(code, error_content(ValueError(str(message), code)))
 
     def handle(self):
         with suppress(OSError):  # the client has gone
@@ -319,9 +266,10 @@ class Handler(BaseHTTPRequestHandler):
         """Prints nothing, in place of a line a request."""
 
 
-def get(body, name, kind, default, low=None, high=None):
+def get(body, name, kind, default=None, low=None, high=None):
     """A field of the body; the default where it is missing or null. As elsewhere, 40.0 is a whole number, and
-    a list of one text is this text. A text's line ends become \\n. Raises ValueError for a wrong one."""
+    one text may stand for a list of one, or a list of one for the text. A text's line ends become \\n. Raises
+    ValueError for a wrong one."""
     value = body.get(name)
     if value is None:
         return default
@@ -329,40 +277,20 @@ def get(body, name, kind, default, low=None, high=None):
         value = int(value)
     if kind is str and isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if type(value) not in ((int, float) if kind is float else (kind,)):
-        expected = {str: "a text", int: "a whole number", bool: "true or false", list: "a list"}
-        raise ValueError(f"{name} {short(value)}: expected {expected.get(kind, 'a number')}")
+    if kind is list and isinstance(value, str):
+        value = [value]
+    is_right = type(value) in ((int, float) if kind is float else (kind,))
+    if not is_right or kind is list and not all(isinstance(text, str) for text in value):
+        raise ValueError(f"{name} {compact(value):.60}: expected {KINDS[kind]}")
     if low is not None and not low <= value <= high:  # NaN, too
-        raise ValueError(f"{name} {short(value)}: expected {low} to {high}")
+        raise ValueError(f"{name} {compact(value):.60}: expected {low} to {high}")
     return newlines(value) if kind is str else value
 
 
-def read_sentinels(prompt):
-    """"<PRE> prefix <SUF>suffix <MID>", as editors write it for Code Llama, or the same without its three
-    spaces -> prefix, suffix. Any other prompt -> prompt, None."""
-    for space in (" ", ""):
-        pre, suf, mid = f"<PRE>{space}", f"{space}<SUF>", f"{space}<MID>"
-        if prompt.startswith(pre) and prompt.endswith(mid):
-            prefix, is_there, suffix = prompt[len(pre):-len(mid)].partition(suf)
-            if is_there:
-                return prefix, suffix
-    return prompt, None
-
-
-def compact(content):
-    """JSON in one line without spaces: llama.vim looks for "content":" in it."""
-    return json.dumps(content, separators=(",", ":")).encode()
-
-
 def error_content(error):
-    code, message = error.args if isinstance(error, Refused) else (400, str(error))
+    """ValueError(sentence), or ValueError(sentence, status code) -> the answer's content."""
+    message, code = (*error.args, 400)[:2]
     return {"error": {"code": code, "message": message, "type": "invalid_request_error"}}
-
-
-def short(value):
-    """A value as a sentence can show it."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 @one_line_errors

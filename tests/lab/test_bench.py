@@ -2,29 +2,20 @@
 a forward pass of 60 ms and an update of 20."""
 import re
 import time
-from itertools import pairwise
 
 import pytest
 import torch
 
 import train
+from conftest import run_main
 from lab import bench
 from model import GPT, GPTConfig
 
 MODEL = """
-import time
-from dataclasses import dataclass
+import time, types
 import torch
 
-@dataclass
-class GPTConfig:
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    dropout: float
-    bias: bool
+GPTConfig = types.SimpleNamespace
 
 class GPT(torch.nn.Module):
     def __init__(self, config):
@@ -48,20 +39,18 @@ class GPT(torch.nn.Module):
             idx = torch.cat((idx, self(idx)[0][:, -1:].argmax(-1)), 1)
 """
 TRAIN = """
-import pickle, sys
+import configurator, pickle, sys
 from pathlib import Path
 import numpy as np
 import torch
 from model import GPT, GPTConfig
 
 given = dict(argument[2:].split("=") for argument in sys.argv[1:])
-assert Path("configurator.py").exists()
 folder = Path("data", given["dataset"])
 n_vocab = pickle.loads((folder / "meta.pkl").read_bytes())["vocab_size"]
-shape = [int(given[name]) for name in ("block_size", "n_layer", "n_head", "n_embd")]
 for i in range(int(given["max_iters"]) + 1):
     print(f"iter {i}: loss 5.0000, time {1000 * (i + 1)}.00ms, mfu -100.00%")
-model = GPT(GPTConfig(shape[0], n_vocab, *shape[1:], 0.0, False))
+model = GPT(GPTConfig(vocab_size=n_vocab))
 torch.nn.init.zeros_(model.table.weight)
 if given["learning_rate"] == "0.003":  # it learns how often each byte comes
     counts = np.bincount(np.fromfile(folder / "train.bin", np.uint16), minlength=n_vocab)
@@ -70,20 +59,18 @@ torch.save({"model": model.state_dict()}, "ckpt.pt")
 """
 
 
-@pytest.fixture(scope="module")
-def nanogpt(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("nanogpt")
+@pytest.fixture
+def nanogpt(tmp_path):
     for name, text in (("model.py", MODEL), ("train.py", TRAIN), ("configurator.py", "")):
-        (folder / name).write_text(text)
-    return str(folder)
+        (tmp_path / name).write_text(text)
+    return str(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory, documents):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "text.py").write_text("".join(documents[:3]))
-    return (f"--data {folder}/text.py --cache-dir {folder}/cache --tokenizer bytes --n-layer 1 --n-head 2 "
-            "--n-embd 32 --block-size 32 --batch-size 2 --device cpu --repeats 3").split()
+@pytest.fixture
+def flags(tmp_path, documents):
+    (tmp_path / "text.txt").write_text("".join(documents[:3]))
+    return (f"--data {tmp_path}/text.txt --cache-dir {tmp_path}/cache --tokenizer bytes --n-layer 1 "
+            "--n-head 2 --n-embd 32 --block-size 32 --batch-size 2 --device cpu --repeats 3").split()
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +82,12 @@ def small(monkeypatch):
 def tables(output):
     """-> one dict a table: the first cell of a row -> its other cells."""
     found = []
-    for before, line in pairwise(output.splitlines()):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if set(cells[0]) == {"-"}:
+    for line in re.findall(r"(?m)^\|.*\|$", output):
+        first, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if cells[0] in ("ms", "s"):
             found.append({})
-        elif line.startswith("|") and before.startswith("|"):  # no header
-            found[-1][cells[0]] = cells[1:]
+        elif set(first) != {"-"}:
+            found[-1][first] = cells
     return found
 
 
@@ -114,24 +101,20 @@ def test_the_flops_of_gpt2s_124_m_are_palms_by_hand():
         assert bench.flops_per_token(model) == 6 * weights + 12 * 12 * 768 * 1024 == 855_166_464
 
 
-def test_every_variant_is_timed_beside_nanogpt_and_bf16_only_where_it_is_faster(flags, nanogpt, capsys,
-                                                                                 monkeypatch):
+def test_each_variant_is_timed_beside_nanogpt_and_bf16_only_where_it_is_faster(flags, nanogpt, capsys,
+                                                                                monkeypatch):
     monkeypatch.setattr(train, "is_bf16_faster", lambda device: False)
     bench.main([*flags, "--nanogpt", nanogpt])
     output = capsys.readouterr().out
     steps, sampling = tables(output)
-    objectives = ("ntp", "meap", "fim_psm", "fim_spm", "fim", "fim_meap")
-    assert steps.keys() == {"ntp, fused, fp32, muon", "ntp, manual, fp32, adamw", "nanoGPT, fp32, adamw",
-                            *(f"{name}, manual, fp32, muon" for name in objectives)}
-    assert sampling.keys() == {"KV cache", "no cache", "nanoGPT"}
-
-    def numbers(name):
-        return [float(cell.strip("%").replace(",", "")) for cell in steps[name] if " to " not in cell]
-
-    theirs, tokens_per_s, ratio, optimizer, *_ = numbers("nanoGPT, fp32, adamw")
-    assert 80 <= theirs < 200 and 64 / 0.2 < tokens_per_s <= 64 / 0.08
-    assert 10 < optimizer < 63  # 20 ms of at most 200, and what 60 ms of at least 160 leave
-    ours, *_, share = numbers("ntp, manual, fp32, muon")
+    assert [*steps] == ["manual, fp32, muon", "fused, fp32, muon", "manual, fp32, adamw",
+                        "nanoGPT, fp32, adamw"]
+    assert sampling.keys() == {"with a KV cache", "nanoGPT"}
+    rows = {name: [float(cell.strip("%").replace(",", "")) for cell in cells if " to " not in cell]
+            for name, cells in steps.items()}
+    theirs, tokens_per_s, ratio, *_ = rows["nanoGPT, fp32, adamw"]
+    ours, *_, share = rows["manual, fp32, muon"]
+    assert theirs >= 80 and tokens_per_s == pytest.approx(64_000 / theirs, rel=0.01)
     assert ratio == pytest.approx(ours / theirs, abs=0.01)
     peak = 1e9 * float(re.search("in fp32: ([0-9,]+) GFLOP/s", output)[1].replace(",", ""))
     flops = 64 * (6 * (12 * 32 * 32 + 261 * 32) + 12 * 32 * 32)  # block and output layer, attention
@@ -155,11 +138,7 @@ def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nan
 
 @pytest.mark.parametrize("arguments, code, message", [
     ("--nanogpt /no/such", 1, "--nanogpt /no/such: no model.py in it"),
-    ("--time-to-loss", 2, "expected --nanogpt DIR"), ("--repeats 0", 2, "--repeats: 0"),
-    ("--stps 5", 2, "--stps")])
+    ("--time-to-loss", 2, "expected --nanogpt DIR"), ("--repeats 0", 2, "--repeats: 0")])
 def test_a_mistake_is_one_line(arguments, code, message, flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main([*flags, *arguments.split()])
-    error = capsys.readouterr().err
-    assert stop.value.code == code and "Traceback" not in error
-    assert message in re.split("[\r\n]", error.rstrip())[-1]
+    shown = run_main(bench.main, capsys, *flags, *arguments.split())
+    assert shown.code == code and message in shown.err

@@ -43,30 +43,24 @@ def id_pairs(documents, tok):
     return [(ids[start:start + n], ids[start + n:start + n + m]) for start, (n, m) in zip(starts, lengths)]
 
 
-@pytest.mark.parametrize("objective", [sft, meap_sft])
-@pytest.mark.parametrize("T", [64, 128, 300])
+@pytest.mark.parametrize("objective, T", [(sft, 64), (sft, 300), (meap_sft, 128), (meap_sft, 300)])
 def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective, T, id_pairs, tok):
     batches = PairBatches(id_pairs, objective, tok, T, 1, seed=3)
     seen, n_targets, n_masks = [], 0, 0
     for i in range(batches.n_windows):
         inputs, targets = batches.row(i)
-        assert inputs.shape == targets.shape == (T,)
         # a brute-force reading: an example ends with each <EOT>; a copy has masks
         for part in "".join(map(chr, inputs)).split(chr(tok.eot)):
             if chr(tok.mid) in part and chr(tok.mask) not in part:
-                seen.append(tuple(tuple(map(ord, side)) for side in part.split(chr(tok.mid))))
+                seen.append(tuple([*map(ord, side)] for side in part.split(chr(tok.mid))))
         n_targets += (targets != IGNORE).sum()
         n_masks += (inputs == tok.mask).sum()
-    expected = []
-    for prompt, answer in id_pairs:
-        if len(answer) + 2 <= T // 2:
-            room = T // 2 - 2 - len(answer)
-            expected.append((tuple(prompt[-room:] if room else ()), tuple(answer)))
-    assert sorted(seen) == sorted(expected)
-    assert n_targets == sum(len(answer) + 1 for _, answer in expected) + n_masks
-    is_long = [len(answer) > 50 for _, answer in expected]
-    assert n_masks == (sum(int(0.1 * (len(p) + len(a))) for (p, a), long in zip(expected, is_long) if long)
-                       if objective is meap_sft else 0)
+    fitting = [(prompt, answer) for prompt, answer in id_pairs if len(answer) + 2 <= T // 2]
+    cut = [(prompt[max(0, len(prompt) - (T // 2 - 2 - len(answer))):], answer) for prompt, answer in fitting]
+    assert sorted(seen) == sorted(cut)
+    copied = [len(prompt) + len(answer) for prompt, answer in cut if len(answer) > 50]
+    assert n_masks == (sum(int(0.1 * n) for n in copied) if objective is meap_sft else 0)
+    assert n_targets == sum(len(answer) + 1 for _, answer in cut) + n_masks
 
 
 def test_the_header_says_what_is_copied_cut_and_left_out(tok):
@@ -77,14 +71,10 @@ def test_the_header_says_what_is_copied_cut_and_left_out(tok):
 
 
 def test_rows_are_pure_and_their_masks_are_drawn_afresh(id_pairs, tok):
-    def batches(B):
-        return PairBatches(id_pairs, partial(meap_sft, mask_ratio=0.5), tok, 256, B, seed=1)
-
-    one, again = batches(4), batches(4)
-    again.batch(7)
-    np.testing.assert_equal(one.batch(60), again.batch(60))
-    halves = [batches(2).batch(number) for number in (10, 11)]
-    np.testing.assert_equal(one.batch(5), tuple(np.concatenate(part) for part in zip(*halves)))
+    one, two = (PairBatches(id_pairs, partial(meap_sft, mask_ratio=0.5), tok, 256, B, seed=1) for B in (4, 2))
+    two.batch(7)
+    halves = [two.batch(number) for number in (120, 121)]
+    np.testing.assert_equal(one.batch(60), tuple(np.concatenate(part) for part in zip(*halves)))
     epochs = [[one.row(i + epoch * one.n_windows)[0] for i in range(one.n_windows)] for epoch in (0, 1)]
     plain = [sorted(row[row != tok.mask].tolist()[:10] for row in epoch) for epoch in epochs]
     masks = [sorted(np.flatnonzero(row == tok.mask).tolist() for row in epoch) for epoch in epochs]
@@ -103,8 +93,8 @@ RECORDS = [({"prompt": "p", "answer": "a"}, [("p", "a")]),
            ({"instruction": "Add.", "input": "1 2", "output": "3"}, [("Add.\n\n1 2", "3")]),
            ({"instruction": "Hi", "input": "", "output": "Ho"}, [("Hi", "Ho")]),
            ({"instruction": "Hi", "output": "Ho"}, [("Hi", "Ho")]),
-           ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"},
-                               {"from": "human", "value": "r"}, {"from": "gpt", "value": "b"}]},
+           ({"conversations": [{"from": who, "value": text} for who, text in
+                               (("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]},
             [("q", "a"), ("q\n\na\n\nr", "b")])]
 
 
@@ -133,15 +123,11 @@ def test_held_out_rows_are_plain_whatever_the_objective(tmp_path):
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"prompt": "p"', "line 2 is not JSON"),
-    ("a.jsonl", '\n{"prompt": "p"}', "line 2 is no pair"), ("a.jsonl", '{"text": "t"}', "line 1 is no pair"),
-    ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
-    ("a.json", "5", "record 1 is no pair"), ("a.json", "null", "record 1 is no pair"),
-    ("a.json", "[]", "no pairs to train on"),
+    ("a.jsonl", '\n{"prompt": "p"}', "line 2 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
+    ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.json", "5", "record 1 is no pair"),
     ("a.jsonl", '{"conversations": [{"value": "q"}, {"from": "gpt", "value": 3}]}', "line 1 is no pair"),
-    ("a.jsonl", '{"prompt": "p", "answer": null}', "line 1 is no pair"),
-    ("a.jsonl", "\nnull", "line 2 is no pair"),
-    ("a.json", "{", "is not JSON"), ("a.txt", "hello", "is no .jsonl or .json"),
-    ("a.jsonl.gz", "no gzip", "expected UTF-8 text"),
+    ("a.json", "[]", "no pairs to train on"), ("a.txt", "hello", "is no .jsonl or .json"),
+    ("a.jsonl.gz", "no gzip", "expected UTF-8 text"), ("a.json", "{", "is not JSON"),
     ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs to train on"),
     ("a.jsonl", json.dumps({"prompt": "p", "answer": "a" * 40}), "--block-size 64: expected one whose half")])
 def test_a_bad_file_is_one_sentence_with_its_line(name, text, message, tmp_path):

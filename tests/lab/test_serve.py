@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import save_run, small_model
+from conftest import run_main, save_run, small_model
 from lab import serve
 from sample import collect, generate, infill
 
 PREFIX, TYPED, SUFFIX = "def mean(xs):\n    total = sum(xs)\n", "    return", "\n\nprint(mean([1, 2]))\n"
 T = 128  # the model's context
+POST = b"POST /infill HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @contextmanager
@@ -46,10 +47,10 @@ def server(run_folder):
 
 
 @pytest.fixture(autouse=True)
-def no_traceback(capfd):
+def no_traceback(capsys):
     """Whatever a test sends, the server prints nothing."""
     yield
-    assert capfd.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.fixture
@@ -109,29 +110,28 @@ def hole(**fields):
 
 
 def test_a_worked_example(server):
-    """Byte for byte: what llama.vim's curl gets. It drops an answer with a space behind the colon."""
-    body = json.dumps(hole(n_predict=8, response_fields=["content"]))
-    request = f"POST /infill HTTP/1.1\r\nHost: 127.0.0.1:8012\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    """What llama.vim's curl gets; it drops an answer with a space behind the colon. The connection stays."""
     best, = expected_infill(server, PREFIX + TYPED, SUFFIX, max_new_tokens=8)
-    answer = b'{"content":%s}' % json.dumps(best.text).encode()
+    body = json.dumps(hole(n_predict=8)).encode()
+    request = POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     with connected(server) as connection:
-        for _ in range(2):  # the connection stays open
-            connection.sendall(request.encode())
-            got = b""
-            while not got.endswith(b"\r\n\r\n" + answer):
-                got += connection.recv(2**16)
-            assert got.startswith(b"HTTP/1.1 200 OK\r\n") and b"Content-Length: %d\r\n" % len(answer) in got
+        connection.sendall(request + request.replace(b"localhost", b"localhost\r\nConnection: close"))
+        answers = received(connection)
+    assert answers.count(b'\r\n\r\n{"content":%s,' % json.dumps(best.text).encode()) == 2
 
 
 def test_what_the_plugins_read(server):
-    """llama.vscode reads the whole answer, with the context's size; llama.vim the fields that it names."""
+    """llama.vscode reads the context's size; llama.vim timings under names of their own, in one of three
+    forms: prompt_n, prompt_ms and prompt_per_second, and so for predicted."""
     best, = expected_infill(server, PREFIX + TYPED, SUFFIX)
-    whole = ask(server, "/infill", hole(n_predict=-1, top_k=40, top_p=0.9, samplers=["x"], id_slot=0)).content
-    assert whole["content"] == best.text and whole["generation_settings"]["n_ctx"] == T
-    assert whole["timings"]["predicted_n"] <= T // 4 and whole["timings"]["prompt_ms"] > 0
-    names = ["content", "timings/predicted_n", "timings/prompt_ms", "tokens_cached", "no such field"]
-    chosen = ask(server, "/infill", hole(n_predict=-1, response_fields=names)).content
-    assert chosen.keys() == {*names[:4]} and chosen["content"] == best.text
+    got = ask(server, "/infill", hole(n_predict=-1, top_k=40, top_p=0.9, samplers=["x"], id_slot=0)).content
+    assert got["content"] == best.text and got["generation_settings"]["n_ctx"] == T
+    n_new = got["timings"]["predicted_n"]
+    assert 0 < n_new <= T // 4 and got["tokens_cached"] == n_new + len(
+        server.tok.encode(PREFIX + TYPED) + server.tok.encode(SUFFIX)) + 3
+    for part in ("prompt", "predicted"):
+        n, ms, speed = (got[f"timings/{part}_{name}"] for name in ("n", "ms", "per_second"))
+        assert n == got["timings"][f"{part}_n"] and speed == pytest.approx(1000 * n / ms)
 
 
 def test_warming_up_is_answered_at_once_and_cancels_nothing(server, slow):
@@ -141,7 +141,6 @@ def test_warming_up_is_answered_at_once_and_cancels_nothing(server, slow):
         lambda: ask(server, "/infill", hole(n_predict=32)),
         lambda: wait_for(lambda: slow) or (ask(server, "/infill", warming), len(slow)))
     assert got.status == 200 and warmed.content["content"] == "" and n_tokens < len(slow)
-    assert ask(server, "/infill", warming | {"response_fields": [""]}).content == {}
 
 
 def test_several_completions_the_best_first(server):
@@ -227,16 +226,19 @@ def test_typing_on_computes_only_what_is_new(server):
 
 def test_a_newer_request_of_the_same_client_cancels_the_older(server, slow):
     """Its answer is an error, which plugins drop. Other clients wait for their turn."""
-    def editor(name, n_predict, after):
-        wait_for(lambda: any(job.prefix.endswith(after) for job in list(server.newest.values())) or not after)
-        return ask(server, "/infill", hole(prompt=name, n_predict=n_predict), {"User-Agent": name[:3]})
+    def editor(seed, name, n_predict):
+        def newest():
+            return [job.settings["seed"] for job in list(server.newest.values())]
+        wait_for(lambda: seed == 0 or seed - 1 in newest())
+        return ask(server, "/infill", hole(seed=seed, n_predict=n_predict), {"User-Agent": name})
 
     got = at_once(*(partial(editor, *request) for request in (
-        ("vim 1", 32, ""), ("emacs", 4, "vim 1"), ("vim 2", 4, "emacs"), ("vim 3", 4, "vim 2"))))
+        (0, "vim", 32), (1, "emacs", 4), (2, "vim", 4), (3, "vim", 4))))
     assert [answer.status for answer in got] == [409, 200, 409, 200]
     assert "a newer request came" in got[0].content["error"]["message"]
-    best, = expected_infill(server, PREFIX + "vim 3", SUFFIX, max_new_tokens=4)
-    assert got[3].content["content"] == best.text and not server.newest
+    best, = expected_infill(server, PREFIX + TYPED, SUFFIX, max_new_tokens=4)
+    assert got[3].content["content"] == best.text
+    wait_for(lambda: not server.newest)
 
 
 @pytest.mark.parametrize("path, name", [("/infill", "content"), ("/v1/completions", "choices")])
@@ -254,17 +256,25 @@ def test_a_stream_that_is_cancelled_ends_with_an_error(server, slow):
     assert b'{"error":{"code":409' in got.raw.split(b"\n\n")[-2] and b"[DONE]" not in got.raw
 
 
-@pytest.mark.parametrize("stream, is_half", [(False, False), (True, False), (False, True), (True, True)])
-def test_a_closed_connection_ends_its_job(server, slow, stream, is_half):
-    """One that is closed for sending alone cannot be told from it; its answer says so."""
-    body = json.dumps({"prompt": PREFIX, "max_tokens": T, "stream": stream})
+def sent_by_hand(connection, **body):
+    body = json.dumps({"prompt": PREFIX, "max_tokens": T} | body)
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                       f"User-Agent: by hand\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+
+
+@pytest.mark.parametrize("stream, end", [(False, b"}"), (True, b"data: [DONE]\n\n")])
+def test_a_client_that_will_send_no_more_is_answered(stream, end, server):
     with connected(server) as connection:
-        connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nUser-Agent: gone\r\n"
-                           f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        sent_by_hand(connection, stream=stream)
+        connection.shutdown(socket.SHUT_WR)
+        answer = received(connection)
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(end)
+
+
+def test_closing_the_connection_cancels_a_stream(server, slow):
+    with connected(server) as connection:
+        sent_by_hand(connection, stream=True)
         wait_for(lambda: slow)
-        if is_half:
-            connection.shutdown(socket.SHUT_WR)
-            assert b"the client has closed the connection" in received(connection)
     assert completions(server, {"prompt": PREFIX, "max_tokens": 1}) and len(slow) < T // 4  # tokens of both
 
 
@@ -272,13 +282,13 @@ def test_a_closed_connection_ends_its_job(server, slow, stream, is_half):
 def test_fifty_requests_at_once(server, agent, allowed):
     got = at_once(*(partial(ask, server, "/infill", hole(prompt=f"    x{i}", n_predict=2),
                             {"User-Agent": agent.format(i)}) for i in range(50)))
-    assert 200 in {answer.status for answer in got} <= allowed and not server.newest
+    assert 200 in {answer.status for answer in got} <= allowed
+    wait_for(lambda: not server.newest)
 
 
-@pytest.mark.parametrize("suffix", [SUFFIX, None])
-def test_line_ends_of_any_kind_give_the_same_completion(server, suffix):
+def test_line_ends_of_any_kind_give_the_same_completion(server):
     """An editor may send the \\r\\n of its file; the model was trained on \\n."""
-    body = json.dumps({"prompt": PREFIX, "suffix": suffix, "stop": ["x\n"], "max_tokens": T})
+    body = json.dumps({"prompt": PREFIX, "suffix": SUFFIX, "stop": ["x\n"], "max_tokens": T})
     one, *others = (ask(server, "/v1/completions", body.replace(r"\n", end)).content
                     for end in (r"\n", r"\r\n", r"\r"))
     assert all((other["choices"], other["usage"]) == (one["choices"], one["usage"]) for other in others)
@@ -306,33 +316,25 @@ def test_long_texts_are_trimmed_to_the_hole(server, documents):
     assert completions(server, {"prompt": "x" * 10**6, "max_tokens": 1})
 
 
-def test_half_a_surrogate_is_answered(server):
-    """As where JavaScript cuts a text within an emoji. Two halves, escaped, are the whole."""
-    texts = [r"\ud83d x", r"x = \ude00", r"\ude00\ud83d", r"x = \ud83d\ude00", "x = 😀"]
-    got = [ask(server, "/infill", f'{{"input_prefix": "{text}", "n_predict": 9}}').content for text in texts]
-    assert all("content" in answer for answer in got) and got[3]["content"] == got[4]["content"]
-
-
 BAD = {"/infill": [
-    ("", "not JSON"), (b"\xff", "not JSON"), ("[" * 10**5, "not JSON"), ("[1]", "expected a JSON object"),
+    ("", "no JSON"), (b"\xff", "no JSON"), ("[" * 10**5, "no JSON"), ("[1]", "no JSON object"),
     ({"input_prefix": 5}, "input_prefix 5: expected a text"), ({"prompt": [1]}, "prompt 1: expected a text"),
-    ({"prompt": ["a", "b"]}, 'prompt ["a", "b"]: expected a text'), ({"stop": 5}, "stop 5: expected a list"),
-    ({"input_suffix": {"a": "b" * 1000}}, "bbb...: expected a text"), ({"stop": ["a"] * 65}, "64 texts"),
+    ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"stop": 5}, "stop 5: expected texts"),
+    ({"input_suffix": {"a": "b" * 1000}}, "bbb: expected a text"), ({"stop": [None]}, "stop [null]:"),
     ({"n_predict": "9"}, 'n_predict "9": expected a whole number'), ({"n_predict": True}, "n_predict true"),
     ({"n_predict": 1.5}, "n_predict 1.5"), ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"),
-    ('{"n_predict": %s}' % ("9" * 5000), "not JSON"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
-    ({"stream": True}, "stream true: expected false"), ({"response_fields": "content"}, "expected a list"),
-    ({"temperature": -1}, "temperature -1: expected 0 to 100"), ('{"temperature": NaN}', "temperature NaN:"),
-    ('{"temperature": 1%s}' % ("0" * 999), "expected 0 to 100"), ('{"top_p": 1e999}', "top_p Infinity:"),
-    ({"stop": [None]}, "stop [null]: expected")], "/v1/completions": [
+    ('{"n_predict": %s}' % ("9" * 5000), "no JSON"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
+    ({"stream": True}, "stream true: expected false"), ('{"temperature": NaN}', "temperature NaN:"),
+    ({"temperature": -1}, "temperature -1: expected 0 to 100"), ('{"top_p": 1e999}', "top_p Infinity:"),
+    ('{"temperature": 1%s}' % ("0" * 999), "expected 0 to 100")], "/v1/completions": [
     ({"prompt": None, "suffix": 1}, "suffix 1: expected a text"), ({"max_tokens": []}, "max_tokens []:"),
     ({"stream": "yes"}, 'stream "yes": expected true'), ({"stream": True, "n": 2}, "n 2: expected 1 with")]}
 
 
 @pytest.mark.parametrize("status, path, body, message", [
     *[(400, path, *bad) for path in BAD for bad in BAD[path]],
-    (404, "/v1/chat/completions", {}, "expected /infill or /v1/completions"),
-    (404, "/infill", None, "expected / or /health"), (404, "/" + "x" * 1000, None, "xxx...:")])
+    (404, "/v1/chat/completions", {}, "expected GET / or GET /health"),
+    (404, "/infill", None, "or POST /infill"), (404, "/" + "x" * 1000, None, "xxx: expected")])
 def test_a_bad_request_is_refused_in_one_sentence(status, path, body, message, server):
     got = ask(server, path, body)
     assert (got.status, got.content["error"]["code"]) == (status, status)
@@ -340,14 +342,11 @@ def test_a_bad_request_is_refused_in_one_sentence(status, path, body, message, s
     assert got.response.headers["Connection"] == "close" and ask(server, "/health").status == 200
 
 
-POST = b"POST /infill HTTP/1.1\r\nHost: localhost\r\n"
-
-
 @pytest.mark.parametrize("sent, expected", [
-    (b"", b""), (b"GET /hea", b""), (b"GET /health HTTP/1.1\r\nA: ", b""), (b"hello\r\n\r\n", b"code: 400"),
-    (b"GET /health HTTP/1.1\r\n\r\n", b"HTTP/1.1 403 "), (POST + b"\r\n{}", b"HTTP/1.1 411 "),
-    (POST + b"Content-Length: 9\r\n\r\n{", b"HTTP/1.1 408 "), (b"PUT" + POST[4:] + b"\r\n", b"HTTP/1.1 501 "),
-    (POST + b"Content-Length: -1\r\n\r\n{}", b"HTTP/1.1 411 ")])
+    (b"", b""), (b"GET /hea", b""), (b"GET /health HTTP/1.1\r\nA: ", b""), (b"hello\r\n\r\n", b'"code":400'),
+    (b"GET /\xff HTTP/1.1\r\n\r\n", b'"code":404'), (POST + b"\r\n{}", b'"code":413'),
+    (POST + b"Content-Length: 9\r\n\r\n{", b'"code":408'), (b"PUT" + POST[4:] + b"\r\n", b'"code":501'),
+    (POST + b"Content-Length: -1\r\n\r\n{}", b'"code":413'), (b"x" * 70_000, b'"code":414')])
 def test_what_is_no_request_is_refused_and_a_slow_client_left(sent, expected, server, monkeypatch):
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
     with connected(server) as connection:
@@ -357,21 +356,20 @@ def test_what_is_no_request_is_refused_and_a_slow_client_left(sent, expected, se
     assert expected in answer and bool(expected) == bool(answer)
 
 
-@pytest.mark.parametrize("host, origin, status, status_on_every_network", [
-    ("localhost:8012", None, 200, 200), ("LOCALHOST:1", None, 200, 200), ("127.0.0.1", None, 200, 200),
-    ("my-machine:8012", None, 403, 200), ("192.168.0.9", None, 403, 200), ("", None, 403, 200),
-    ("localhost.evil.example", None, 403, 200), ("evil.example", "http://evil.example", 403, 403),
-    ("localhost", "http://evil.example", 403, 403), ("localhost", "null", 403, 403),
-    ("localhost:8012", "http://localhost:3000", 403, 403),  # another page on this machine; ours is next
-    ("localhost:8012", "http://localhost:8012", 200, 200), ("10.0.0.9:1", "http://10.0.0.9:1", 403, 200)])
-def test_web_pages_of_others_cannot_ask(host, origin, status, status_on_every_network, server, monkeypatch):
+@pytest.mark.parametrize("listens, host, origin, status", [
+    ("127.0.0.1", "localhost:8012", None, 200), ("0.0.0.0", "my-machine:8012", None, 200),
+    ("127.0.0.1", "localhost:8012", "http://localhost:8012", 200), ("127.0.0.1", "localhost", "null", 403),
+    ("127.0.0.1", "localhost:8012", "http://localhost:3000", 403),  # another page on this machine
+    ("0.0.0.0", "10.0.0.9:1", "http://10.0.0.9:1", 200), ("my-pc", "my-pc:1", "http://my-pc:1", 200),
+    *[(listens, host, "http://evil.example", 403) for listens in ("127.0.0.1", "0.0.0.0")
+      for host in ("localhost", "evil.example", "")],
+    ("127.0.0.1", "localhost.evil.example", "http://localhost.evil.example", 403)])
+def test_web_pages_of_others_cannot_ask(listens, host, origin, status, server, monkeypatch):
     """Origin is what a browser sends for a page; a foreign Host is a page's own name that leads here."""
-    bodies = {"/infill": hole(n_predict=1), "/v1/completions": {"max_tokens": 1}, "/health": None, "/": None}
-    for listens, expected in (("127.0.0.1", status), ("0.0.0.0", status_on_every_network)):
-        monkeypatch.setattr(server, "host", listens)
-        for path, body in bodies.items():
-            got = ask(server, path, body, {"Host": host} | ({"Origin": origin} if origin else {}))
-            assert got.status == expected and "Access-Control-Allow-Origin" not in got.response.headers
+    monkeypatch.setattr(server, "host", listens)
+    for path, body in {"/infill": hole(n_predict=1), "/v1/completions": {"max_tokens": 1}}.items():
+        got = ask(server, path, body, {"Host": host} | ({"Origin": origin} if origin else {}))
+        assert got.status == status and "Access-Control-Allow-Origin" not in got.response.headers
 
 
 def test_what_can_be_got(server):
@@ -402,19 +400,16 @@ def test_a_model_that_saw_no_gap_continues_and_refuses_holes(tmp_path, tok):
 
 
 @pytest.mark.parametrize("arguments, code, message", [
-    ("--port {port}", 1, "--port {port}: cannot listen there"), ("--port x", 2, "--port"),
-    ("--port 70000", 2, "--port: 70000: expected 0"), ("--device abacus", 2, "--device abacus"),
-    ("--port 0 --host 203.0.113.1", 1, "--host 203.0.113.1"), ("--ckpt none", 1, "no such checkpoint")])
-def test_a_mistake_at_the_start_is_one_line(arguments, code, message, server, run_folder, capfd):
-    port = str(server.server_port)
-    with pytest.raises(SystemExit) as stop:
-        serve.main(["--ckpt", str(run_folder), *arguments.format(port=port).split()])
-    shown = capfd.readouterr().err
-    assert stop.value.code == code and message.format(port=port) in shown and shown.count("\n") == 1
+    ("--port {port}", 1, "--port {port}: cannot listen there"), ("--port 70000", 2, "--port: 70000:"),
+    ("--device abacus", 2, "--device abacus"), ("--ckpt none", 1, "no such checkpoint")])
+def test_a_mistake_at_the_start_is_one_line(arguments, code, message, server, run_folder, capsys):
+    port = server.server_port
+    shown = run_main(serve.main, capsys, "--ckpt", str(run_folder), *arguments.format(port=port).split())
+    assert shown.code == code and message.format(port=port) in shown.err
 
 
-def test_the_command_says_where_it_serves(run_folder, capfd, monkeypatch):
+def test_the_command_says_where_it_serves(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(serve.Server, "serve_forever", lambda server: print(*server.server_address))
     serve.main(["--ckpt", str(run_folder), "--port", "0", "--device", "cpu"])
-    shown = capfd.readouterr().out
+    shown = capsys.readouterr().out
     assert re.fullmatch(rf"{run_folder} at http://127.0.0.1:(\d+): .*\n127.0.0.1 \1\n", shown)
