@@ -18,9 +18,7 @@ MODULES = ("argparse ast base64 bisect calendar cmd configparser contextlib csv 
 LANGUAGES = """All human beings are born free and equal in dignity and rights.
 Все люди рождаются свободными и равными в своем достоинстве и правах.
 すべての人間は、生れながらにして自由であり、かつ、尊厳と権利とについて平等である。
-人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心，并应以兄弟关系的精神互相对待。
-Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.
-🙂 👩‍👩‍👧 🇫🇷 naïve façade, e\u0301 n\u0303
+Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι. 🙂 👩‍👩‍👧 🇫🇷 naïve façade, e\u0301 n\u0303
 """
 
 

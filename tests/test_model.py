@@ -121,10 +121,15 @@ def test_no_prediction_sees_the_future(attention, position):
 @POSITIONS
 @pytest.mark.parametrize("chunks", [[1] * 24, [5, 1, 12, 6], [23, 1]])
 def test_the_kv_cache_changes_no_logits(attention, position, chunks):
+    """... and is allocated once: k and v of 2 layers, and what 2 token shifts of each read."""
     model = small_model(60, attention=attention, position=position)
-    cache = KVCache(model.config)
-    logits = torch.cat([model(part, cache=cache)[0] for part in IDX.split(chunks, dim=1)], 1)
-    torch.testing.assert_close(logits, model(IDX)[0], rtol=1e-4, atol=1e-4)
+    cache, logits, places = KVCache(model.config), [], set()
+    for part in IDX.split(chunks, dim=1):
+        logits.append(model(part, cache=cache)[0])
+        places |= {stored.data_ptr() for stored in cache.parts.values()}
+    torch.testing.assert_close(torch.cat(logits, 1), model(IDX)[0], rtol=1e-4, atol=1e-4)
+    shapes = sorted(tuple(stored.shape) for stored in cache.parts.values())
+    assert len(places) == 8 and shapes == 4 * [(2, 2, 24, 16)] + 4 * [(2, 24, 8)]
     for more, seen in ((IDX[:, :1], cache), (torch.cat((IDX, IDX[:, :1]), 1), None)):
         with pytest.raises(ValueError, match="25 tokens .* context of 24"):
             model(more, cache=seen)
@@ -147,38 +152,21 @@ def test_a_kv_cache_that_is_set_back_forgets_what_came_behind(attention, positio
         torch.testing.assert_close(model(fork, cache=cache)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_kv_cache_is_allocated_once_and_written_in_place():
-    model = small_model(60)
-    cache = KVCache(model.config)
-    with torch.no_grad():
-        model(IDX[:, :3], cache=cache)
-        before = {key: part.data_ptr() for key, part in cache.parts.items()}
-        for t in range(3, 24):
-            model(IDX[:, t:t + 1], cache=cache)
-    assert before == {key: part.data_ptr() for key, part in cache.parts.items()} and cache.length == 24
-    shapes = [tuple(part.shape) for part in cache.parts.values()]  # of 2 layers: k, v, what 2 shifts read
-    assert sorted(shapes) == 4 * [(2, 2, 24, 16)] + 4 * [(2, 24, 8)]
-
-
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("ignored", [[], slice(0, 24, 3), slice(1, 24)])
+@pytest.mark.parametrize("ignored", [[], slice(0, 24, 3), slice(1, 24), slice(24)])
 def test_the_loss_is_torchs_cross_entropy(bf16, ignored):
-    """-log softmax(logits)[target], the mean over the targets that count; its sums are in fp32 under bf16."""
+    """-log softmax(logits)[target], the mean over the targets that count, 0 if none does; its sums are in
+    fp32 under bf16."""
     model, targets = small_model(60), IDX.roll(1)
     targets[:, ignored] = IGNORE
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits, loss = model(IDX, targets)
     p = logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
-    expected = -p.gather(-1, targets.clamp(min=0)[..., None])[..., 0].log()[targets != IGNORE].mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    expected = -p.gather(-1, targets.clamp(min=0)[..., None])[..., 0].log()[targets != IGNORE]
+    torch.testing.assert_close(loss.double(), expected.sum() / max(1, len(expected)), rtol=1e-5, atol=1e-5)
     assert logits.dtype == (torch.bfloat16 if bf16 else torch.float32) and loss.dtype == torch.float32
-
-
-def test_a_batch_that_is_all_ignored_has_loss_and_gradient_zero():
-    model = small_model(60)
-    loss = model(IDX, torch.full_like(IDX, IGNORE))[1]
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    assert loss == 0 and all((gradient == 0).all() for gradient in gradients)
+    assert all(p.isfinite().all() for p in torch.autograd.grad(loss, list(model.parameters())))
+    assert torch.equal(model(IDX)[0], model(IDX, targets)[0]) and model(IDX)[1] is None
 
 
 def test_compiled_it_computes_the_same():
@@ -189,13 +177,6 @@ def test_compiled_it_computes_the_same():
     torch.testing.assert_close(compiled(IDX, targets), model(IDX, targets))
 
 
-def test_an_untrained_model_guesses():
-    model, idx = GPT(GPTConfig(5000, n_layer=2)), torch.randint(5000, (4, 257))
-    logits, loss = model(idx[:, :-1], idx[:, 1:])
-    assert logits.shape == (4, 256, 5000) and abs(loss - math.log(5000)) < 0.1
-    assert model(idx[:, :-1])[1] is None
-
-
 def test_weights_start_as_in_gpt2():
     model = GPT(GPTConfig(1000, n_layer=3, n_embd=192, position="learned", bias=True, tied=False))
     for name, p in model.named_parameters():
@@ -204,13 +185,6 @@ def test_weights_start_as_in_gpt2():
         else:
             expected = 0.02 / math.sqrt(2 * 3) if "c_proj" in name else 0.02
             assert abs(p.std() / expected - 1) < 0.03 and abs(p.mean()) < 0.001, name
-
-
-def test_tied_weights_are_one_tensor():
-    tied, untied = small_model(60, tied=True), small_model(60, tied=False)
-    tied.load_state_dict(tied.state_dict())
-    assert tied.lm_head.weight is tied.transformer.wte.weight
-    assert untied.n_params() - tied.n_params() == 60 * 32
 
 
 @pytest.mark.parametrize("settings, message", [

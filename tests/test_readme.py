@@ -1,4 +1,5 @@
 """README's recipe for an objective of one's own, followed to the letter; what the texts name is there."""
+import os
 import re
 import shlex
 import shutil
@@ -37,14 +38,15 @@ def commands():
 def student(tmp_path_factory):
     """A copy of the code, with the recipe's function and its line in OBJECTIVES."""
     folder = tmp_path_factory.mktemp("student")
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, folder)
-    shutil.copytree(ROOT / "lab", folder / "lab", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
+        target = folder / file.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
     (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(200)), "utf-8")
     assert RECIPE and f'"{NAME}": {NAME},' in README, "README.md has no recipe, or no line for OBJECTIVES"
     before, start, after = (folder / "objectives.py").read_text("utf-8").partition("OBJECTIVES = {\n")
-    after = f'{start}    "{NAME}": {NAME},\n{after}'
-    (folder / "objectives.py").write_text(f"{before}{RECIPE[1]}\n\n{after}", "utf-8")
+    recipe = f'{RECIPE[1]}\n\n{start}    "{NAME}": {NAME},\n'
+    (folder / "objectives.py").write_text(before + recipe + after, "utf-8")
     return folder
 
 
@@ -61,8 +63,9 @@ def test_the_recipes_objective_keeps_the_contract_and_does_something(student, co
 
 def test_the_recipes_objective_is_drawn_and_trained_with_its_own_flag(student):
     trained = next(words[1:] for words in commands() if NAME in words)  # as README says
-    for arguments in (["objectives.py"], [*trained, *TINY]):
-        run = subprocess.run([sys.executable, "-X", "utf8", *arguments], cwd=student, capture_output=True)
+    for arguments in (["objectives.py"], [*trained, *TINY]):  # ASCII lacks the sign for a line end
+        run = subprocess.run([sys.executable, *arguments], cwd=student, capture_output=True,
+                             env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert run.returncode == 0 and NAME in run.stdout.decode(), run.stderr.decode()
     assert (student / "run" / "ckpt.pt").is_file()
 

@@ -73,14 +73,6 @@ def test_writing_an_infill_leaves_the_rest_of_the_file_as_it_was(end, stray, tmp
     assert (tmp_path / "draft.py.orig").read_text() == "of an earlier hole"
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_character_is_written_in_halves(seed, cli, tmp_path):
-    """At this temperature the model emits bytes that are no text."""
-    (tmp_path / "draft.py").write_text("x = <FILL>\n")
-    assert cli("draft.py", "--write", "--temperature", "50", "--seed", str(seed)).code == 0
-    assert "\ufffd" not in (tmp_path / "draft.py").read_bytes().decode("utf-8")
-
-
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_file_that_cannot_be_written_stays_as_it_was(step, cli, tmp_path, monkeypatch):
     def fail(*_):
