@@ -308,7 +308,8 @@ def test_from_start_to_full_marks(tmp_path, capsys, monkeypatch):
     ("wrong", True, [], 1, "not yet  0 of 1  objectives.meap: wrong; this needs objectives.mask: make that"),
     ("wrong", True, [], 1, "not yet  0 of 1  all of test_objectives.py: needs the functions\n"),
     ("", False, ["--no-mark"], 0, "lab 3, MEAP: 3 of 3 points, without the mark\n"),
-    ("", True, ["none"], 1, "  5 of 5  objectives.mask 1  objectives.meap 1  all of test_objectives.py 1  mark 2\n"
+    ("", True, ["none"], 1, "  5 of 5  objectives.mask 1  objectives.meap 1  all of "
+                            "test_objectives.py 1  mark 2\n"
                             "none   0 of 0  none: no folder of lab 3 (it has no lab3.json); make one with "),
     ("wrong", True, ["none", "--json"], 1, '"text": "wrong"')])
 def test_check_exits_with_0_only_if_all_points_are_reached(monkeypatch, tmp_path, capsys, found, mark, flags,
