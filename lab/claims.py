@@ -48,7 +48,7 @@ def tuned(flags):
     return markov(f"fim {flags}", 6, 200, " --init-from {out}/markov-ntp-{seed}")
 
 
-RATIOS, FIM_RATES = (0.05, 0.1, 0.2, 0.3), (0.25, 0.5, 0.75, 0.9, 1.0)
+RATIOS, FIM_RATES = (0.05, 0.1, 0.2), (0.25, 0.5, 0.75, 0.9, 1.0)
 ARMS = {
     "markov-ntp": markov("ntp"), "markov-meap": markov("meap"),
     **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}") for rate in FIM_RATES},
