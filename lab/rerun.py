@@ -154,6 +154,8 @@ def train_run(run, arms, out):
         return {}
 
     train.train(config, start, measure)
+    if not (figures and (figures[-1]["step"] == config.steps or figures[-1].get("learned"))):
+        raise KeyboardInterrupt  # the run was told to stop before its end
     written = Path(out, run, "figures.tmp")
     written.write_text(json.dumps({"command": command(run, arms, out), "figures": figures}))
     os.replace(written, written.with_suffix(".json"))
