@@ -281,8 +281,8 @@ SOURCES = {"numbers": ("xs,x numbers,n values,v", "numbers in {a}"),
            "counted": ("n,i limit,i", "numbers from 1 to {a}")}
 
 
-def some_calls():
-    """{kind: values of a first argument}, the same in every run."""
+def some_arguments():
+    """{kind: arguments}, the same in every run."""
     draw = random.Random(0)
     numbers = [[draw.randint(-15, 20) for _ in range(2 + i % 7)] for i in range(22)]
     return {"numbers": [[], *([x] for x in range(-2, 16)), *numbers],
@@ -290,7 +290,7 @@ def some_calls():
             "integer": [*range(-12, 24), -50, 36, 75, 100]}
 
 
-CALLS = some_calls()
+ARGUMENTS = some_arguments()
 
 
 def programs(rng):
@@ -431,25 +431,24 @@ def body_start(document):
     return document.index('"""\n', document.index('"""') + 3) + len('"""\n')
 
 
-def example_calls(document):
-    """The arguments in a document's examples, list[list]."""
-    return [list(ast.literal_eval(line[line.index("("):-1] + ",)"))
+def shown_arguments(document):
+    """The arguments in a document's two examples."""
+    return [ast.literal_eval(line[line.index("(") + 1:-1])
             for line in document.split("\n") if line.startswith("    >>> ")]
 
 
-def calls(document):
-    """Some 40 calls of a document's function, as lists of arguments of the kinds that its examples show."""
-    first = [value for value, in example_calls(document)]
-    kind = "numbers" if isinstance(first[0], list) else "integer" if min(first) < 0 else "positive"
-    return [[value] for value in CALLS[kind]]
+def arguments(document):
+    """Some 40 arguments for a document's function, of the kind that its examples show."""
+    shown = shown_arguments(document)
+    return ARGUMENTS["numbers" if isinstance(shown[0], list) else "integer" if min(shown) < 0 else "positive"]
 
 
 def key(document):
-    """What the function of a document does, as a str: its results for calls(document). Documents that do the
-    same have one key, however they are written, so they share a side of the split."""
+    """What the function of a document does, as a str: its results for arguments(document). Documents that do
+    the same have one key, however they are written, so they share a side of the split."""
     start = body_start(document)
     function = function_of(document[:document.index("\n") + 1] + document[start:])
-    return repr([function(*arguments) for arguments in calls(document)])
+    return repr([function(argument) for argument in arguments(document)])
 
 
 def held_out_programs(n, seed):
@@ -489,16 +488,16 @@ reversed set sorted str sum tuple zip""".split()
 
 
 def check(i):
-    text, name, calls = JOBS[i]
+    text, name, results = JOBS[i]
     namespace = {"__builtins__": {name: getattr(builtins, name) for name in NAMES}}
     exec(text, namespace)
-    return all(repr(namespace[name](*arguments)) == result for arguments, result in calls)
+    return all(repr(namespace[name](argument)) == result for argument, result in results)
 '''
 
 
 def passes(text, document):
-    """True if the function in text, the source of a filled document, gives the results of the document's
-    own function in each of calls(document) that the docstring does not show. The text runs in sandbox.py."""
+    """True if the function in text, the source of a filled document, gives the results of the document's own
+    function for each of arguments(document) that the docstring does not show. It runs in sandbox.py."""
     return passes_all([(text, document)])[0]
 
 
@@ -506,9 +505,9 @@ def passes_all(pairs, at_once=50):
     """[passes(text, document) for text, document in pairs], with at_once of them in a process."""
     jobs = []
     for text, document in pairs:
-        function, shown = function_of(document), example_calls(document)
-        hidden = [arguments for arguments in calls(document) if arguments not in shown]
-        results = [(arguments, repr(function(*arguments))) for arguments in hidden]
+        function, shown = function_of(document), shown_arguments(document)
+        results = [(argument, repr(function(argument))) for argument in arguments(document)
+                   if argument not in shown]
         jobs.append((text, function.__name__, results))
 
     def run(jobs):

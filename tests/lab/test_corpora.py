@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data import GENERATED, hold_out, prepare, read_files, source_files
-from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, body_start, calls, documents, errors, hole, key,
-                         passes, passes_all, questions)
+from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents, errors, hole,
+                         key, passes, passes_all, questions)
 
 RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
 
@@ -184,7 +184,7 @@ def test_no_held_out_meaning_is_trained_on(tmp_path):
             namespace = {}
             exec(text, namespace)
             function = namespace[text[4:text.index("(")]]
-            meanings[is_out][str([function(*arguments) for arguments in calls(text)])].append(text)
+            meanings[is_out][str([function(argument) for argument in arguments(text)])].append(text)
     assert len(meanings[True]) > 80 and not meanings[True].keys() & meanings[False].keys()
     bodies = [{text[body_start(text):] for text in same} for same in meanings[True].values()]
     assert max(map(len, bodies)) > 3  # one meaning in more than three spellings
