@@ -5,7 +5,7 @@ windows are cut, so a window may hold part of an example without its sentinels.
 """
 import numpy as np
 
-from objectives import documents_in, fim_example, split
+from objectives import documents_in, fim_document
 
 SPM_RATE = {"fim_psm": 0.0, "fim_spm": 1.0}
 
@@ -21,11 +21,7 @@ def fim_documents(stream, tok, seed, objective, knobs):
     for document in documents_in(np.asarray(stream), tok, rng, knobs["max_document_tokens"]):
         if rng.random() < knobs["fim_rate"]:
             order = "spm" if rng.random() < knobs["spm_rate"] else "psm"
-            text = document[:-1] if document[-1] == tok.eot else document
-            if knobs["span"] == "token":
-                parts = split(text, rng)
-            else:
-                parts = map(tok.encode, split(tok.decode(text, "ignore"), rng, knobs["span"]))
-            document = fim_example(*parts, tok, order, knobs["spm_layout"])
+            room = np.inf  # nothing needs to fit
+            document = fim_document(document, room, tok, rng, order, knobs["spm_layout"], knobs["span"])
         out += document
     return np.array(out, stream.dtype)
