@@ -402,11 +402,11 @@ Their texts (`python -m lab.corpora` prints a document of each):
   can be found.
 - **programs**: short Python functions, judged by running them. **stdlib**: Python's standard library.
 
-A *check* is a number for each seed; ± is half of the 90% interval of its mean over the seeds. The claim says
-where that mean lies, by the smallest difference that would matter, written before the runs. A check **holds**
-if the whole interval lies where the claim says. It **fails** if all of it lies elsewhere: there is no
-difference as large as the one that would matter. It is **reversed** if the opposite is as large; else
-**undecided**. An asterisk: the verdict is the same at 99%."""
+A *check* is a number for each seed: its mean and, in brackets, the 90% interval of the mean over the seeds.
+The claim says where that mean lies, by the smallest difference that would matter, written before the runs. A
+check **holds** if the whole interval lies where the claim says. It **fails** if all of it lies elsewhere:
+there is no difference as large as the one that would matter. It is **reversed** if the opposite is as large;
+else **undecided**. An asterisk: the verdict is the same at 99%."""
 COLORS = {"holds": "tab:green", "fails": "tab:orange", "reversed": "tab:red", "undecided": "tab:gray"}
 
 
@@ -417,14 +417,13 @@ def shown(value, unit):
 def expected(check):
     if check.low == -math.inf:
         return f"at most {shown(check.high, check.unit)}"
-    return f"{'more than' if check.high == math.inf else 'within ±'} {shown(abs(check.low), check.unit)}"
+    return f"{'more than' if check.high == math.inf else '0 up to'} {shown(abs(check.low), check.unit)}"
 
 
 def found(check):
     mean, half = check.values.mean(), half_interval(check.values)
-    if check.unit == "times":
-        return f"{shown(mean, 'times')} ({shown(mean - half, 'times')} to {shown(mean + half, 'times')})"
-    return f"{shown(mean, check.unit)} ± {shown(half, check.unit)}"
+    value, low, high = (shown(x, check.unit) for x in (mean, mean - half, mean + half))
+    return f"{value} ({low} to {high})"
 
 
 def table(checks):
@@ -539,7 +538,7 @@ def write(claims, r, path):
     path.write_text(re.sub(r"(?<!`)(<(?:EOT|PRE|SUF|MID)>)(?!`)", r"`\1`", "\n\n".join(parts)) + "\n")
     for name, of_claim in checks.items():
         for check in of_claim:
-            print(f"{name:18} {judge(check):10} {found(check):28} {expected(check):18} {check.text}")
+            print(f"{name:18} {judge(check):10} {found(check):30} {expected(check):18} {check.text}")
     print(f"{count}\nwritten: {path}")
 
 
