@@ -417,7 +417,8 @@ def shown(value, unit):
 def expected(check):
     if check.low == -math.inf:
         return f"at most {shown(check.high, check.unit)}"
-    return f"{'more than' if check.high == math.inf else '0 up to'} {shown(abs(check.low), check.unit)}"
+    bound = shown(abs(check.low), check.unit)
+    return f"more than {bound}" if check.high == math.inf else f"within {bound} of 0"
 
 
 def found(check):
