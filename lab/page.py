@@ -2,6 +2,7 @@
 
     python -m lab.page objectives page.html                           one text under every objective
     python -m lab.page infill page.html --prefix TEXT --suffix TEXT   what each token of an infill attends to
+    python -m lab.page infill page.html                               the same, in a function of `programs`
 
 A template in pages/ has a page's style and script; the data stand in it as JSON. To know which token of the
 text each token of a row is, Tracer runs the objectives themselves on ids that remember their place.
@@ -20,22 +21,12 @@ import torch.nn.functional as F
 import objectives
 from data import Tokenizer
 from lab.attention import weights
+from lab.corpora import held_out_programs, hole, passes_all
 from objectives import IGNORE, fim_prompt, rows_of_every_objective
 from sample import (Parser, add_sampling, collect, generate, infill_prompt, load_model, newest_run, note,
                     one_line_errors, pick_device, unescape)
 
 LIMIT = 300_000  # bytes of a page
-# What stands after another hole. A model that reads the suffix finds its infill less likely before this one.
-OTHER_SUFFIX = '''
-        if limit is not None and total > limit:
-            raise ValueError("the total is above the limit")
-        return total
-
-    def report(self, stream):
-        """Write a line for each entry, the largest first."""
-        for name, size in sorted(self.entries.items(), key=size_of):
-            stream.write("%s: %d\\n" % (name, size))
-'''
 
 
 class Piece(str):
@@ -123,15 +114,41 @@ def objective_rows(text, tok, **settings):
     return rows
 
 
-def draw_objectives(path, text, tok, **settings):
-    """Writes the page of one text under every objective. Raises OSError."""
-    write(path, fill("objectives", {"rows": objective_rows(text, tok, **settings)}))
+def draw_infill(path, model, tok, prefix, suffix, **settings):
+    """Writes the page of an infill, before its suffix and before another function's; the settings are those
+    of infill_row. Raises ValueError or OSError."""
+    other = some_holes()[0][2]
+    write_infill(path, [infill_row(model, tok, prefix, after, **settings) for after in (suffix, other)])
 
 
-def draw_infill(path, model, tok, prefix, suffix, max_new_tokens, prompt=None, warn=None, **sampling):
-    """Writes the page of one infill; the settings are those of sample.infill. Raises ValueError or OSError.
+def draw_example(path, model, tok, **settings):
+    """The same for a function of `programs`: the first that the model fills rightly before its own suffix and
+    otherwise before the other, or else the first that it fills rightly, or else the first."""
+    holes, rows, texts = some_holes(), [], []
+    for (prefix, middle, suffix), (*_, other) in zip(holes, holes[1:] + holes[:1]):
+        rows.append([infill_row(model, tok, prefix, after, **settings) for after in (suffix, other)])
+        text = tok.decode(rows[-1][0]["ids"], "ignore")
+        texts.append((prefix + text + suffix, prefix + middle + suffix))
+    right = passes_all(texts)
+    ranks = [(right, right and own["ids"] != other["ids"]) for right, (own, other) in zip(right, rows)]
+    best = ranks.index(max(ranks))
+    write_infill(path, rows[best], "The example is a held-out function of the corpus programs, filled "
+                 f"{'rightly' if right[best] else 'wrongly'} before its own suffix; of {len(right)} tried, "
+                 f"{sum(right)} are right. Chosen: the first right one that another suffix changes, if any.")
 
-    The smallest attention weights are left out where the page would be larger than LIMIT."""
+
+def some_holes(n=8):
+    """n held-out functions of `programs`, a line out of each: [(prefix, middle, suffix)], no part empty."""
+    rng = np.random.default_rng(0)
+    return [parts for document in held_out_programs(5 * n, seed=1)
+            if (parts := hole(document, "line", rng))[2]][:n]
+
+
+@torch.no_grad()
+def infill_row(model, tok, prefix, suffix, max_new_tokens, prompt=None, warn=None, **sampling):
+    """Fills a hole, with the settings of sample.infill -> a dict of lists. Of prompt and infill, T tokens:
+    parts and tokens, as texts. Of the infill, n tokens: ids, their probabilities p, P(<EOT>) in their places,
+    and attention (L, H, n, T-1) from the position before each, where it is predicted. Raises ValueError."""
     prompt, parts = prompt or getattr(model, "prompt", None), []
 
     def traced(*texts):  # a prompt is laid out alike, whatever its tokens are: here, names of their parts
@@ -140,43 +157,29 @@ def draw_infill(path, model, tok, prefix, suffix, max_new_tokens, prompt=None, w
         return prompt(*texts)
 
     ids = infill_prompt(model, tok, prefix, suffix, max_new_tokens, prompt and traced, warn)
-    idx = torch.tensor([ids], device=next(model.parameters()).device)           # (1, T)
+    idx = torch.tensor([ids], device=next(model.parameters()).device)           # (1, T-n)
     steps = generate(model, idx, max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **sampling)
     (middle, _), = collect(steps, tok)
+    ids, n = [*ids, *middle], len(middle)
+    idx = torch.tensor([ids[:-1]], device=idx.device)                           # (1, T-1)
+    p = F.softmax(model(idx)[0][0, -n:].double(), dim=-1).cpu().numpy()         # (n, V)
+    return {"parts": [*parts, *["middle"] * n], "tokens": [show(tok, i) for i in ids], "ids": middle,
+            "p": p[np.arange(n), middle].round(4).tolist(), "p_eot": p[:, tok.eot].round(4).tolist(),
+            "attention": weights(model, idx)[0, :, :, -n:].float().cpu().numpy()}
 
-    is_suffix = np.array(parts) == "suffix"
-    other = np.array(ids)
-    other[is_suffix] = np.resize(tok.encode(OTHER_SUFFIX), is_suffix.sum())  # as long: all positions stay
-    if is_suffix.any():
-        prompts = {"Before its own suffix": ids, "Before another suffix": other.tolist()}
-    else:
-        prompts = {"Without a suffix": ids}
 
-    data = {"parts": [*parts, *["middle"] * len(middle)], "ids": middle, "rows": []}
-    attentions = []
-    for title, ids in prompts.items():
-        p, p_eot, attention = look(model, [*ids, *middle], len(middle), tok.eot)
-        attentions.append(attention)
-        data["rows"].append({"title": title, "tokens": [show(tok, i) for i in [*ids, *middle]],
-                             "p": p.round(4).tolist(), "p_eot": p_eot.round(4).tolist()})
+def write_infill(path, rows, about=""):
+    """Writes what infill_row returned for the own suffix and another. The page opens on the layer whose mean
+    over heads has the largest weight on one token of the own suffix, for the infill's first token. The
+    smallest weights are left out where the page would be larger than LIMIT."""
+    mean, is_suffix = rows[0]["attention"][:, :, 0].mean(1), np.array(rows[0]["parts"]) == "suffix"
+    layer = int((mean * is_suffix[:-1]).max(1).argmax())                        # mean: (L, T-1)
     for least in (0, *(0.0005 * 2**k for k in range(12))):
-        for row, attention in zip(data["rows"], attentions):
-            row["attention"] = packed(attention, least)
-        page = fill("infill", data | {"least": least})
+        packed_rows = [row | {"attention": packed(row["attention"], least)} for row in rows]
+        page = fill("infill", {"about": about, "layer": layer, "least": least, "rows": packed_rows})
         if len(page.encode()) <= LIMIT:
             break
     write(path, page)
-
-
-@torch.no_grad()
-def look(model, ids, n, eot):
-    """A list of T ids, the last n of which are a middle -> arrays: the middle's probabilities (n,), P(<EOT>)
-    in its places (n,), and attention weights (L, H, n, T-1). Row t of each is that of the position before the
-    middle's token t, where the model predicts this token."""
-    idx = torch.tensor([ids[:-1]], device=next(model.parameters()).device)      # (1, T-1)
-    p = F.softmax(model(idx)[0][0, -n:].double(), dim=-1).cpu().numpy()         # (n, V)
-    attention = weights(model, idx)[0, :, :, -n:].float().cpu().numpy()
-    return p[np.arange(n), ids[-n:]], p[:, eot], attention
 
 
 def packed(attention, least):
@@ -217,7 +220,8 @@ def main(arguments=None):
     for name in ("objectives", "infill"):
         page = pages.add_parser(name)
         page.add_argument("file", metavar="FILE.html", help="where the page is written")
-    page.add_argument("--prefix", type=unescape, default="", metavar="TEXT", help="text before the hole")
+    page.add_argument("--prefix", type=unescape, default="", metavar="TEXT",
+                      help="text before the hole (default: with no suffix either, a function of programs)")
     page.add_argument("--suffix", type=unescape, default="", metavar="TEXT", help="text after the hole")
     page.add_argument("--order", choices=("psm", "spm"), help="of infilling, for a model trained in both")
     add_sampling(page)
@@ -225,18 +229,21 @@ def main(arguments=None):
     if args.page == "objectives":
         source = Path(objectives.__file__).read_text(encoding="utf-8")
         tok = Tokenizer.train([source, objectives.TEXT * 9], 600)  # as `python objectives.py` does
-        return draw_objectives(args.file, objectives.TEXT, tok)
+        return write(args.file, fill("objectives", {"rows": objective_rows(objectives.TEXT, tok)}))
     if args.n > 1:
         raise ValueError(f"--n {args.n}: expected one infill")
-    path = args.ckpt or newest_run()
-    model, tok, checkpoint = load_model(path, pick_device(args.device))
+    model, tok, checkpoint = load_model(args.ckpt or newest_run(), pick_device(args.device))
     knobs, prompt = checkpoint["config"]["knobs"], None
     if args.order:
         if "spm_rate" not in knobs:
             raise ValueError(f"--order {args.order}: expected a model of fim or fim_meap, which have both")
         prompt = partial(fim_prompt, tok=tok, order=args.order, spm_layout=knobs["spm_layout"])
-    draw_infill(args.file, model, tok, args.prefix, args.suffix, args.max_new_tokens, prompt, note,
-                temperature=args.temperature or 0.0, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    settings = {"max_new_tokens": args.max_new_tokens, "prompt": prompt, "top_k": args.top_k,
+                "top_p": args.top_p, "temperature": args.temperature or 0.0, "seed": args.seed}
+    if args.prefix or args.suffix:
+        draw_infill(args.file, model, tok, args.prefix, args.suffix, warn=note, **settings)
+    else:
+        draw_example(args.file, model, tok, **settings)
 
 
 if __name__ == "__main__":

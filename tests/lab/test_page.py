@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import objectives
-from conftest import save_run, small_model
+from conftest import run_main, save_run, small_model
 from data import Tokenizer
 from lab import attention, page
-from lab.page import OTHER_SUFFIX, draw_infill, objective_rows
+from lab.page import draw_infill, objective_rows, some_holes
 from objectives import IGNORE, OBJECTIVES, TEXT, fim_example, fim_prompt, rows_of_every_objective
 from sample import infill
 
@@ -45,7 +45,7 @@ class Page(HTMLParser):
         assert not attributes.keys() & {"src", "href", "srcset"}
         self.ids += [attributes["id"]] if "id" in attributes else []
         self.n_scripts += tag == "script"
-        self.open += [(tag, attributes.get("id"))] if tag != "meta" else []
+        self.open += [(tag, attributes.get("id"))] if tag not in ("meta", "input") else []
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
@@ -67,7 +67,6 @@ def rows(request, tok):
 
 def test_each_token_has_its_ids_and_place_and_a_mask_what_it_hides(rows):
     text, tok, rows = rows
-    assert rows.keys() == OBJECTIVES.keys()
     for tokens, inputs, targets in rows.values():
         assert [token["id"] for token in tokens] == inputs.tolist()
         assert [token["target"] for token in tokens] == [
@@ -89,8 +88,7 @@ def test_the_parts_are_those_of_the_example_and_follow_each_other_in_the_text(ro
         tokens, inputs, targets = rows[name]
         parts = [[t for t in tokens if t["part"] == part] for part in ("prefix", "middle", "suffix")]
         ids, in_order = [[token["id"] for token in part] for part in parts], sum(parts, [])
-        row = [*inputs.tolist(), int(targets[-1])]
-        assert row in [fim_example(*ids, tok, *layout) for layout in layouts]
+        assert [*inputs.tolist(), int(targets[-1])] in [fim_example(*ids, tok, *layout) for layout in layouts]
         assert all(a["end"] == b["start"] for a, b in zip(in_order, in_order[1:]))
     prompt, end, answer = text.partition(":\n")
     for part, expected in (("prompt", prompt + end), ("answer", answer)):
@@ -98,14 +96,11 @@ def test_the_parts_are_those_of_the_example_and_follow_each_other_in_the_text(ro
 
 
 def test_an_objective_of_ones_own_may_put_in_tokens_and_masks_without_a_target(tok, monkeypatch):
-    def noise(ids, tok, rng):
-        return np.array([tok.mask, 65, tok.mask, *ids[3:-1]]), np.full(len(ids) - 1, IGNORE)
-
-    monkeypatch.setitem(OBJECTIVES, "noise", noise)
-    start = [(token["text"], token["part"], token["start"], token["hides"], token["target"])
-             for token in objective_rows(TEXT, tok)[-1]["tokens"][:3]]
-    assert start == [("<MASK>", "mask", 0, tok.decode(tok.encode(TEXT)[:1]), None),
-                     ("A", "text", 0, None, None), ("<MASK>", "mask", 0, None, None)]
+    noise = np.array([tok.mask, 65, tok.mask]), np.full(3, IGNORE)
+    monkeypatch.setitem(OBJECTIVES, "noise", lambda ids, tok, rng: noise)
+    tokens = objective_rows(TEXT, tok)[-1]["tokens"]
+    assert [(token["text"], token["part"], token["hides"]) for token in tokens if not token["target"]] == [
+        ("<MASK>", "mask", tok.decode(tok.encode(TEXT)[:1])), ("A", "text", None), ("<MASK>", "mask", None)]
 
 
 def test_the_command_writes_what_objectives_py_draws(tmp_path, capsys):
@@ -113,21 +108,17 @@ def test_the_command_writes_what_objectives_py_draws(tmp_path, capsys):
     sections = capsys.readouterr().out.strip().split("\n\n")
     page.main(["objectives", str(tmp_path / "page.html")])
     drawn = Page(tmp_path / "page.html")
-    assert drawn.n_scripts == 2 and [row["name"] for row in drawn.data["rows"]] == list(OBJECTIVES)
-    for section, row in zip(sections, drawn.data["rows"]):
-        heading, loss, *lines = section.splitlines()
-        n_counted = sum(token["target"] is not None for token in row["tokens"])
-        assert (heading, loss) == (f"{row['name']} {row['knobs']}",
-                                   f"loss on {n_counted} targets of {len(row['tokens'])}")
+    assert drawn.n_scripts == 2 and "targets" in drawn.ids
+    for name, section, row in zip(OBJECTIVES, sections, drawn.data["rows"], strict=True):
+        heading, _, *lines = section.splitlines()
         inputs = [text for line in lines if line.startswith("input") for text in line.split()[1:]]
         assert inputs == [token["text"].replace(" ", "·").replace("\n", "⏎") for token in row["tokens"]]
-    assert {token["part"] for row in drawn.data["rows"] for token in row["tokens"]} == {
-        "text", "prefix", "middle", "suffix", "prompt", "answer", "sentinel", "mask"}
+        assert heading == f"{name} {row['knobs']}" and row["name"] == name
 
 
 @pytest.fixture(scope="module")
 def model(tok):
-    return small_model(tok.n_vocab, block_size=128, n_head=4)
+    return small_model(tok.n_vocab, block_size=128, n_layer=3, n_head=4)
 
 
 def layout(tok, order, spm_layout):
@@ -144,8 +135,8 @@ def drawn(tmp_path, model, tok):
     return call
 
 
-def text_of(data, part, row=0):
-    return "".join(text for text, p in zip(data["rows"][row]["tokens"], data["parts"]) if p == part)
+def text_of(row, part):
+    return "".join(text for text, p in zip(row["tokens"], row["parts"]) if p == part)
 
 
 @pytest.mark.parametrize("order, spm_layout, sampling", [
@@ -155,24 +146,22 @@ def test_an_infill_with_its_probabilities_and_attention_before_its_own_and_anoth
         order, spm_layout, sampling, drawn, model, tok):
     settings = {"prompt": layout(tok, order, spm_layout), "temperature": 0.0} | sampling
     data = drawn(PREFIX, SUFFIX, **settings)
-    filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=12, **settings)
-    assert tok.decode(data["ids"], "ignore") == filled.text
-    assert [text_of(data, part) for part in ("prefix", "suffix")] == [PREFIX, SUFFIX]
-
-    prefix, suffix = tok.encode(PREFIX), tok.encode(SUFFIX)
-    other = (tok.encode(OTHER_SUFFIX) * 9)[:len(suffix)]
-    assert text_of(data, "suffix", row=1) == tok.decode(other) and text_of(data, "prefix", row=1) == PREFIX
-    for row, after in zip(data["rows"], (suffix, other)):
-        ids = settings["prompt"](prefix, after)
-        for n, token in enumerate(data["ids"]):  # one token more at each turn: nothing later can be seen
+    for row, suffix in zip(data["rows"], (SUFFIX, some_holes()[0][2]), strict=True):
+        filled, = infill(model, tok, PREFIX, suffix, max_new_tokens=12, **settings)
+        assert tok.decode(row["ids"], "ignore") == filled.text
+        assert [text_of(row, part) for part in ("prefix", "suffix")] == [PREFIX, suffix]
+        ids = settings["prompt"](tok.encode(PREFIX), tok.encode(suffix))
+        for n, token in enumerate(row["ids"]):  # one token more at each turn: nothing later can be seen
             idx = torch.tensor([ids])
             p = model(idx)[0][0, -1].softmax(0).detach().numpy()
             assert (row["p"][n], row["p_eot"][n]) == pytest.approx((p[token], p[tok.eot]), abs=1e-4)
-            weights = row["attention"][:, :, n] / 10_000  # (L, H, T)
-            expected = attention.weights(model, idx)[0, :, :, -1].numpy()
-            np.testing.assert_allclose(weights[..., :len(ids)], expected, atol=0.00006)
-            assert (abs(weights.sum(-1) - 1) < 0.003).all() and not weights[..., len(ids):].any()
+            expected = np.zeros(row["attention"][:, :, n].shape)  # (L, H, T)
+            expected[..., :len(ids)] = attention.weights(model, idx)[0, :, :, -1]
+            np.testing.assert_allclose(row["attention"][:, :, n] / 10_000, expected, atol=0.00006)
             ids.append(token)
+    own = data["rows"][0]
+    to_suffix = own["attention"][:, :, 0].mean(1)[:, [part == "suffix" for part in own["parts"][:-1]]]
+    assert data["layer"] == to_suffix.max(1).argmax()  # where the page opens
 
 
 def test_any_text_is_harmless_and_visible(drawn, tmp_path):
@@ -181,20 +170,19 @@ def test_any_text_is_harmless_and_visible(drawn, tmp_path):
     tok = Tokenizer([bytes([i]) for i in range(256)] + [mark.encode() for mark in marks],
                     "|".join([*marks, r"[\s\S]"]))
     visible = "</script><script>alert(1)</script><!--<script> ]]>&lt;{{data}}"
-    data = drawn(visible + "\x1b[2J\u202e\0é", visible, tok=tok)
-    assert data["rows"][0]["tokens"].count("</script>") == 4
+    row = drawn(visible + "\x1b[2J\u202e\0é", visible, tok=tok)["rows"][0]
+    assert row["tokens"].count("</script>") == 4
     assert Page(tmp_path / "page.html").n_scripts == 2
     shown = r"\x1b[2J\xe2\x80\xae\x00\xc3\xa9"  # characters of several tokens: byte by byte
-    assert text_of(data, "prefix") == visible + shown and text_of(data, "suffix") == visible
+    assert text_of(row, "prefix") == visible + shown and text_of(row, "suffix") == visible
 
 
 def test_a_page_that_would_be_too_large_leaves_out_the_smallest_weights(drawn, tok):
     large = small_model(tok.n_vocab, block_size=256, n_head=16, n_embd=64)
     data = drawn(PREFIX * 9, SUFFIX * 9, model=large, max_new_tokens=64)
-    kept = np.concatenate([row["attention"].ravel() for row in data["rows"]])
-    kept = kept[kept > 0] / 10_000
+    kept = np.concatenate([row["attention"][row["attention"] > 0] for row in data["rows"]]) / 10_000
     assert 0 < data["least"] <= kept.min() + 0.00005 and len(kept) > 1000
-    assert drawn("", SUFFIX)["least"] == 0 and len(drawn(PREFIX, "")["rows"]) == 1
+    assert drawn("", SUFFIX)["least"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -209,22 +197,34 @@ def test_the_command_draws_an_infill_as_in_training_or_as_told(order, run, model
     page.main(["infill", str(path), "--ckpt", str(run), "--max-new-tokens", "9", "--device", "cpu",
                "--prefix", PREFIX, "--suffix", SUFFIX, *(["--order", order] if order else [])])
     filled, = infill(model, tok, PREFIX, SUFFIX, max_new_tokens=9, prompt=prompt)
-    data = Page(path).data
-    assert text_of(data, "prefix") == PREFIX and tok.decode(data["ids"], "ignore") == filled.text
+    assert tok.decode(Page(path).data["rows"][0]["ids"], "ignore") == filled.text
+
+
+@pytest.mark.parametrize("filled, expected", [([(1, 2)], 0), ([(2, 2), (5, 5)], 2), ([(2, 2), (2, 3)], 2),
+                                              ([(2, 2), (2, 3), (5, 5)], 5)])
+def test_without_a_text_it_draws_a_function_filled_rightly(filled, expected, tok, tmp_path, monkeypatch):
+    """filled: (a hole that the model fills with its own middle, the hole before whose suffix it does so)."""
+    (prefixes, middles, suffixes), prompt = zip(*some_holes()), layout(tok, "psm", "joint")
+    answers = {tuple(prompt(tok.encode(prefixes[k]), tok.encode(suffixes[of]))): tok.encode(middles[k])
+               for k, of in filled}
+    monkeypatch.setattr(page, "generate", lambda model, idx, *_, **__: (
+        (torch.tensor([i]), torch.zeros(1)) for i in [*answers.get(tuple(idx[0].tolist()), []), tok.eot]))
+    run, path = save_run(tmp_path, small_model(tok.n_vocab, 512), tok, "fim_psm"), tmp_path / "page.html"
+    page.main(["infill", str(path), "--ckpt", str(run)])
+    data, n = Page(path).data, sum(k == of for k, of in filled)
+    assert [text_of(data["rows"][0], "prefix"), *(text_of(row, "suffix") for row in data["rows"])] == [
+        prefixes[expected], suffixes[expected], suffixes[expected + 1]]
+    assert f"{'right' if n else 'wrong'}ly before its own suffix; of 8 tried, {n} are right" in data["about"]
 
 
 @pytest.mark.parametrize("flags, message", [
     ("infill page.html --n 2", "--n 2: expected one infill"), ("infill", "FILE.html"), ("", "infill"),
-    ("infill nowhere/page.html", "nowhere/page.html: could not be written (No such file or directory)"),
-    ("infill page.html --max-new-tokens 125", "--max-new-tokens 125: the model's context is 128"),
-    ("infill page.html --ckpt {psm} --order spm", "--order spm: expected a model of fim or fim_meap"),
+    ("infill nowhere/a.html --prefix a --ckpt {}/both", "nowhere/a.html: could not be written (No such file"),
+    ("infill page.html --ckpt {}/both --max-new-tokens 125", "--max-new-tokens 125: the model's context is"),
+    ("infill page.html --ckpt {}/psm --order spm", "--order spm: expected a model of fim or fim_meap"),
     ("objectives .", ".: could not be written (Is a directory)"),
     ("objectives page.html --prefix a", "unrecognized arguments: --prefix a")])
 def test_a_mistake_is_one_line_and_writes_nothing(flags, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        page.main(flags.format(psm=run.with_name("psm")).split()
-                  + ["--ckpt", str(run)] * (flags[:6] == "infill" and "--ckpt" not in flags))
-    shown = capsys.readouterr()
-    assert stop.value.code in (1, 2) and shown.err.count("\n") == 1 and shown.out == ""
-    assert message in shown.err and list(tmp_path.iterdir()) == []
+    shown = run_main(page.main, capsys, *flags.format(run.parent).split())
+    assert shown.code in (1, 2) and message in shown.err and shown.out == "" and not [*tmp_path.iterdir()]
