@@ -278,7 +278,8 @@ def main():
     import sys
 
     from data import Tokenizer
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sign for a line end
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the sign for a line end
     with open(__file__, encoding="utf-8") as f:
         tok = Tokenizer.train([f.read(), TEXT * 9], 600)
     names = tok.names | {IGNORE: ""}

@@ -34,7 +34,7 @@ SMALL = "--n-layer 2 --n-embd 64 --eval-tokens 2048 --save-every 100000"
 MARKOV = f"--data markov:100000 --tokenizer bytes --block-size 128 --batch-size 32 --warmup 20 {SMALL}"
 STDLIB = "--data stdlib --steps 300 --eval-every 300"
 RELAY = "--data relay --vocab-size 512 --steps 300 --eval-every 300"
-LOOKUP = f"--vocab-size 512 --block-size 128 --warmup 20 --final-lr 1 --steps 1500 --eval-every 20 {SMALL}"
+LOOKUP = f"--vocab-size 512 --block-size 128 --warmup 20 --final-lr 1 --steps 1500 --eval-every 10 {SMALL}"
 REPEAT = ("--data {out}/repeat.jsonl --vocab-size 1024 --block-size 128 --n-embd 96 --steps 600 "
           "--eval-every 50 --eval-tokens 2048")
 PROGRAMS = "--data programs:40000 --eval-every 900"
@@ -250,7 +250,7 @@ def recall(r, arms="records-ntp records-dropout records-meap"):
     MEAP, needle in a haystack: after 40, 60 and 200 B tokens NTP finds .659, .528 and .871 of the needles,
     MEAP .802, .858 and .982.
 
-    records: up to 16 keys and values, then questions. A run goes on at a constant learning rate until it
+    records: up to 8 keys and values, then questions. A run goes on at a constant learning rate until it
     answers 80%; what is compared is how many steps that takes (one that never does counts as 1,500, where all
     end). Dropout is the control: it hides inputs, too.
 
@@ -264,7 +264,7 @@ def distractors(r, arms="haystack-ntp haystack-dropout haystack-meap"):
     MEAP, multi-document question answering: +30.6% with 10 documents, +27.2% with 20 and the answer in the
     last one, +5.1% in the tenth.
 
-    haystack: two to six records among 4 to 24 lines of the same words that are never asked for.
+    haystack: two to six records among 4 to 16 lines of the same words that are never asked for.
 
     This is the case for which masks are meant: few facts in much text."""
     return [*race(r, "haystack"),

@@ -10,12 +10,12 @@
     relay      17 fox fig owl   line number, giver, gift, taker: errors(text): each statement that is wrong
                18 owl tea hen   the taker gives next; a giver's
                19 hen ...       gift stays the same
-    records    = fox fig        2 to 16 records, key and value,  questions(text): what follows each "? key"
-               = owl tea        then 4 questions with their
+    records    = fox fig        2 to 8 records, key and value,   questions(text): what follows each "? key"
+               = owl tea        then 8 questions with their
                ? fox fig        answers
-    haystack   = fox fig        2 to 6 records among 4 to 24     questions(text)
+    haystack   = fox fig        2 to 6 records among 4 to 16     questions(text)
                - owl tea        lines that are never asked for,
-               ? fox fig        then 4 questions
+               ? fox fig        then 8 questions
     chains     = fox owl        a value may stand one, two or    questions(text), with the number of hops
                = owl tea        three hops away
                ? fox tea
@@ -140,31 +140,31 @@ def relay(rng):
 
 
 def records(rng):
-    n = int(rng.integers(2, 17))
+    n = int(rng.integers(2, 9))
     keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
     facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
-    return "".join(facts + [f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 4)])
+    return "".join(facts + [f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 8)])
 
 
 def haystack(rng):
-    n, n_others = int(rng.integers(2, 7)), int(rng.integers(4, 25))
+    n, n_others = int(rng.integers(2, 7)), int(rng.integers(4, 17))
     keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
     facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
     others = [f"- {key} {value}\n"
               for key, value in zip(rng.choice(ANIMALS, n_others), rng.choice(GIFTS, n_others))]
     return "".join([*rng.permutation(facts + others),
-                    *(f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 4))])
+                    *(f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 8))])
 
 
 def chains(rng):
-    """Four chains of one to three hops; their records are shuffled, and each chain is asked for once."""
+    """Four chains of one to three hops; their records are shuffled, and each chain is asked for twice."""
     keys, values = rng.permutation(ANIMALS).tolist(), rng.choice(GIFTS, 4, replace=False)
     facts, questions = [], []
     for value in values:
         chain = [keys.pop() for _ in range(rng.integers(1, 4))]
         facts += [f"= {key} {to}\n" for key, to in zip(chain, [*chain[1:], value])]
         questions.append(f"? {chain[0]} {value}\n")
-    return "".join([*rng.permutation(facts), *rng.permutation(questions)])
+    return "".join([*rng.permutation(facts), *rng.permutation(2 * questions)])
 
 
 class Error(NamedTuple):
