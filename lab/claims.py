@@ -40,12 +40,12 @@ REPEAT = ("--data {out}/repeat.jsonl --vocab-size 1024 --block-size 128 --n-embd
 PROGRAMS = "--data programs:40000 --eval-every 900"
 
 
-def markov(objective, seeds=6, steps=400, more=""):
-    return Arm(f"--objective {objective} {MARKOV} --steps {steps} --eval-every {steps}{more}", seeds)
+def markov(objective, steps=400, more=""):
+    return Arm(f"--objective {objective} {MARKOV} --steps {steps} --eval-every {steps}{more}", 5)
 
 
 def tuned(flags):
-    return markov(f"fim {flags}", 6, 200, " --init-from {out}/markov-ntp-{seed}")
+    return markov(f"fim {flags}", 200, " --init-from {out}/markov-ntp-{seed}")
 
 
 RATIOS, FIM_RATES = (0.05, 0.1, 0.2), (0.25, 0.5, 0.75, 0.9, 1.0)
@@ -61,10 +61,10 @@ ARMS = {
     "stdlib-fim": Arm(f"--objective fim --fim-rate 0.5 {STDLIB}", 4),
     **{f"programs-{span}": Arm(f"--objective fim --fim-rate 0.9 --span {span} {PROGRAMS}", 3)
        for span in ("char", "token", "line")},
-    **{f"{corpus}-{name}": Arm(f"--objective {objective} --data {corpus} {LOOKUP} {size}", seeds, 0.2)
-       for corpus, seeds, size in (("records", 32, ""), ("haystack", 24, ""), ("chains", 12, "--n-layer 4"))
+    **{f"{corpus}-{name}": Arm(f"--objective {objective} --data {corpus} {LOOKUP} {size}", seeds, 0.1)
+       for corpus, seeds, size in (("records", 48, ""), ("haystack", 40, ""), ("chains", 8, "--n-layer 4"))
        for name, objective in (("ntp", "ntp"), ("dropout", "ntp --dropout 0.1"), ("meap", "meap"))},
-    **{f"records-{ratio}": Arm(f"--objective meap --mask-ratio {ratio} --data records {LOOKUP}", 32, 0.2)
+    **{f"records-{ratio}": Arm(f"--objective meap --mask-ratio {ratio} --data records {LOOKUP}", 48, 0.1)
        for ratio in RATIOS},
     "relay-ntp": Arm(f"--objective ntp {RELAY}", 6), "relay-meap": Arm(f"--objective meap {RELAY}", 6),
     **{f"answers-{objective.split()[0]}": Arm(
@@ -169,7 +169,7 @@ def spans(r, arms="programs-line programs-token programs-char"):
 
     Cut where your users' cursors stand. Only cuts at characters teach a model to go on inside a word."""
     return [more_passes(f"{name}: cuts at {cut}s minus {other}s",
-                        r(f"programs-{cut}", f"spm_{hole}") - r(f"programs-{other}", f"spm_{hole}"))
+                        r(f"programs-{cut}", hole) - r(f"programs-{other}", hole))
             for name, hole, cut, other in (
                 ("one line", "line", "line", "char"), ("several lines", "lines", "line", "char"),
                 ("random spans", "span", "char", "line"), ("random spans", "span", "char", "token"))]
@@ -230,9 +230,9 @@ def best_of_n(r, arms="programs-char"):
     Eight samples at temperature 0.8 for a missing line of held-out functions; the chosen one is run.
 
     Draw several samples and rank them. Where nearly all samples end, likelihood alone ranks them as well."""
-    best = r(arms, "spm_best")
-    return [more_passes("one line: best of 8 minus a single sample", best - r(arms, "spm_sample")),
-            more_passes("... minus the likeliest of 8, <EOT> or not", best - r(arms, "spm_likeliest"))]
+    best = r(arms, "best")
+    return [more_passes("one line: best of 8 minus a single sample", best - r(arms, "sample")),
+            more_passes("... minus the likeliest of 8, <EOT> or not", best - r(arms, "likeliest"))]
 
 
 # MEAP: the claims of Zhuang et al., 2025

@@ -136,34 +136,32 @@ def held_out_stdlib():
 
 
 def on_programs(model, tok, knobs, is_last, n=150):
-    """At the end, in each order that was trained: pass rates of greedy infills in held-out functions, of a
+    """At the end, of a model trained in SPM order: pass rates of greedy infills in held-out functions, of a
     line, lines and a span (corpora.hole). Of a line also the mean of eight samples at temperature 0.8, and
     the best of them, by EOT-aware ranking and by likelihood alone."""
     if not is_last:
         return {}
     out, rng = {}, np.random.default_rng(2)
     texts = held_out_programs(n, seed=1)
+    prompt = partial(fim_prompt, tok=tok, order="spm", spm_layout=knobs["spm_layout"])
     for kind in ("line", "lines", "span"):
         holes = [(text, cut) for text in texts if (cut := hole(text, kind, rng))]
-        for order in ORDERS if "spm_rate" in knobs else ("spm",) if "spm_layout" in knobs else ("psm",):
-            prompts = [fim_prompt(tok.encode(p), tok.encode(s), tok, order, knobs.get("spm_layout"))
-                       for _, (p, _, s) in holes]
+        prompts = [prompt(tok.encode(p), tok.encode(s)) for _, (p, _, s) in holes]
 
-            def rate(infills, holes=holes):
-                """The share of holes that these texts fill so that the function does what it should."""
-                return np.mean(passes_all([(p + infill + s, text) for infill, (text, (p, _, s))
-                                           in zip(infills, holes)]))
+        def rate(infills, holes=holes):
+            """The share of holes that these texts fill so that the function does what it should."""
+            return np.mean(passes_all([(p + infill + s, text) for infill, (text, (p, _, s))
+                                       in zip(infills, holes)]))
 
-            greedy = continuations(model, tok, prompts, 80)
-            out[f"{order}_{kind}"] = rate([best_first(samples, tok)[0].text for samples in greedy])
-            if kind == "line":
-                drawn = continuations(model, tok, prompts, 80, 8, 0.8)
-                ranked = [best_first(samples, tok) for samples in drawn]
-                out[f"{order}_sample"] = np.mean([rate([infills[i].text for infills in ranked])
-                                                  for i in range(8)])
-                out[f"{order}_best"] = rate([infills[0].text for infills in ranked])
-                out[f"{order}_likeliest"] = rate([max(infills, key=lambda sample: sample.mean_log_p).text
-                                                  for infills in ranked])
+        greedy = continuations(model, tok, prompts, 80)
+        out[kind] = rate([best_first(samples, tok)[0].text for samples in greedy])
+        if kind == "line":
+            drawn = continuations(model, tok, prompts, 80, 8, 0.8)
+            ranked = [best_first(samples, tok) for samples in drawn]
+            out["sample"] = np.mean([rate([infills[i].text for infills in ranked]) for i in range(8)])
+            out["best"] = rate([infills[0].text for infills in ranked])
+            out["likeliest"] = rate([max(infills, key=lambda sample: sample.mean_log_p).text
+                                     for infills in ranked])
     return out
 
 

@@ -175,7 +175,7 @@ def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
             "| undecided") == len(claim(Made(ARMS, tmp_path))), name
         assert name not in claims.PICTURES or (tmp_path / "claims" / f"{name}.png").stat().st_size > 5000
     for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9899 to 1.0101) | 4 |  | **holds***",
-                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.71 to x 2.72) | 32 |  | **holds***"):
+                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.71 to x 2.72) | 48 |  | **holds***"):
         assert row in page
     assert "undecided. At 90%" in capsys.readouterr().out
 
