@@ -39,6 +39,9 @@ from tqdm import tqdm
 GENERATED = ("markov", "relay", "records", "haystack", "chains", "programs")  # --data names of lab/corpora.py
 HELD_OUT = 0.05
 SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
+# --data stdlib is without these modules, whose many doctests can judge a model. So are all figures in docs/.
+KEPT_APART = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress", "statistics",
+              "textwrap")
 
 
 # Documents
@@ -57,7 +60,9 @@ def source_files(source, cache_dir="cache"):
         from lab.corpora import write
         return [write(source, cache_dir)]
     if source == "stdlib":
-        return [f for f in files_below(paths["stdlib"], SKIP_FOLDERS) if f.suffix == ".py"]
+        root = Path(paths["stdlib"])
+        kept_apart = {root / f"{name}.py" for name in KEPT_APART}
+        return [f for f in files_below(root, SKIP_FOLDERS) if f.suffix == ".py" and f not in kept_apart]
     if source == "site-packages":
         roots = sorted({paths["purelib"], paths["platlib"]})
         return [f for root in roots for f in files_below(root) if f.suffix == ".py"]

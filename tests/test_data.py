@@ -4,6 +4,7 @@ The worked example takes four words all the way."""
 import gzip
 import json
 import os
+import sysconfig
 import re
 import tracemalloc
 from collections import Counter
@@ -191,6 +192,13 @@ def test_a_folder_or_glob_reads_each_text_once_and_skips_the_rest(pattern, expec
     assert load_documents("**/*" if pattern == "relative" else str(root / pattern)) == expected
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
+
+
+def test_the_modules_kept_apart_are_in_no_training_text():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    kept_apart, files = {root / f"{name}.py" for name in data.KEPT_APART}, source_files("stdlib")
+    assert all(path.exists() for path in kept_apart)
+    assert not kept_apart & set(files) and root / "argparse.py" in files
 
 
 @pytest.mark.parametrize("name, content, message", [
