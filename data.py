@@ -40,8 +40,8 @@ GENERATED = ("markov", "relay", "records", "haystack", "chains", "programs")  # 
 HELD_OUT = 0.05
 SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 # --data stdlib is without these modules, whose many doctests can judge a model. So are all figures in docs/.
-KEPT_APART = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress", "statistics",
-              "textwrap")
+KEPT_APART = ("_pydecimal", "collections/__init__", "difflib", "fractions", "heapq", "ipaddress",
+              "statistics", "textwrap")
 
 
 # Documents

@@ -4,13 +4,14 @@ The worked example takes four words all the way."""
 import gzip
 import json
 import os
-import sysconfig
 import re
+import sysconfig
 import tracemalloc
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from threading import Barrier
 
 import numpy as np
