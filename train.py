@@ -55,7 +55,7 @@ def paper(n_layer, n_embd, n_head, lr, params, batch=2**19):
 # A CPU's budget holds too few long documents for the paper's one hole per document.
 SHORT = {"max_document_tokens": 128}
 # A text's defaults, under those of a preset: programs are short, of few words, and filled by lines, too.
-SUITS = {"programs": {"vocab_size": 1024, "steps": 900, "eval_every": 180, "fim_rate": 0.9, "span": "mixed"}}
+SUITS = {"programs": {"vocab_size": 1024, "steps": 850, "eval_every": 170, "fim_rate": 0.9, "span": "mixed"}}
 # What GPT-2 has in place of rotary positions, normalised queries and keys, and the token shift.
 GPT2 = {"position": "learned", "qk_norm": False, "token_shift": False, "gelu": "tanh", "bias": True}
 PRESETS = {
