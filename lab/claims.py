@@ -37,7 +37,7 @@ RELAY = "--data relay --vocab-size 512 --steps 300 --eval-every 300"
 LOOKUP = f"--vocab-size 512 --block-size 128 --warmup 20 --final-lr 1 --steps 1500 --eval-every 10 {SMALL}"
 REPEAT = ("--data {out}/repeat.jsonl --vocab-size 1024 --block-size 128 --n-embd 96 --steps 600 "
           "--eval-every 50 --eval-tokens 2048")
-PROGRAMS = "--data programs:40000 --eval-every 900"
+PROGRAMS = "--data programs:40000 --eval-every 850"
 
 
 def markov(objective, steps=400, more=""):
