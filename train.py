@@ -77,7 +77,7 @@ PRESETS = {
     "large": paper(24, 1536, 16, 2.5e-4, 844_000_000),      # 13.5 GB
     "xl": paper(24, 2048, 16, 4e-4, 1_400_000_000, 2**20),  # 22.4 GB
 }
-# What --resume may change; everything else decides the weights.
+# What --resume may change. (steps, too, decides the weights: describe says so.)
 RESUME_MAY_CHANGE = {"data", "out", "cache_dir", "steps", "device", "compile", "eval_every", "eval_tokens",
                      "save_every"}
 
@@ -86,6 +86,7 @@ def settings_parser(objective):
     """The flags of train.py, in groups; the last group is the objective's own knobs."""
     parser = Parser(description=__doc__.splitlines()[0])
 
+    # flag(name, default, what it is, its choices or its type) adds a flag to the group: see add.
     def group(title, example):
         return partial(add, parser.add_argument_group(title, f"such as {example}" if example else "none"))
 
@@ -187,7 +188,8 @@ def read_arguments(arguments=None):
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
 
-    # Defaults: what suits the text, under the preset, under what a checkpoint has. A flag goes over them all.
+    # Defaults: what suits the text, under the preset, under what a checkpoint has. A flag goes over them, but
+    # may not change what a checkpoint fixes (below).
     objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
     defaults |= PRESETS[given.preset or defaults["preset"]]
@@ -226,7 +228,7 @@ def read_arguments(arguments=None):
     return config, start
 
 
-def load_start(path, preset):
+def load_start(path, defaults):
     """What --init-from names -> (a checkpoint of step 0: "model", "tokenizer", "data"; the settings that it
     fixes)."""
     if Path(path).name == "ckpt.pt" or Path(path, "ckpt.pt").is_file():
@@ -236,16 +238,17 @@ def load_start(path, preset):
         from lab.gpt2 import load_gpt2
         start, tokenizer, data = load_gpt2(path), "gpt2", ""
     fixed = start["model_config"] | {"tokenizer": tokenizer}
-    del fixed["attention"], fixed["dropout"]  # free to change: neither has weights, nor have rotary positions
-    if fixed["position"] == "rope" and "block_size" in preset:
-        del fixed["block_size"]
+    del fixed["attention"], fixed["dropout"]  # free to change: they have no weights
+    if fixed["position"] == "rope" and "block_size" in defaults:
+        del fixed["block_size"]  # rotary positions have no weights either: the preset's context counts
     return {"step": 0, "model": start["model"], "tokenizer": start["tokenizer"], "data": data}, fixed
 
 
 # The loop
 
 def train(config, start=None, measure=None):
-    """Runs the training that config describes. Returns the last evaluation, {"held_out_bpb": bits per byte}.
+    """Runs the training that config describes. Returns the last evaluation, see held_out_report; {} if the
+    run was stopped before the first.
 
     start: the checkpoint to resume this run from, the weights of --init-from as one of step 0, or None for a
     new model.
@@ -253,8 +256,9 @@ def train(config, start=None, measure=None):
     # Data: documents -> token stream -> windows -> rows, as the objective makes them.
     device, rank, world = join_processes(config)
     tok, batches, held_out_rows, text = make_data(config, start, rank, world)
-    first = start["step"] if start else 0
-    if first and start["text"] != text:  # the name of its content: the same text may lie in another place
+    first = start["step"] if start else 0  # the step to begin with; 0: nothing to resume
+    resumed = start if first else None
+    if resumed and resumed["text"] != text:  # a name made of its content: the text may lie in another place
         raise OSError(f"--resume: --data {config.data} is not the text with which {config.out} was started; "
                       "put that back, or start anew with another --out")
 
@@ -265,26 +269,26 @@ def train(config, start=None, measure=None):
     model = make_model(config, tok.n_vocab, device)
     optimizers = make_optimizers(model, config)
     if start:
-        load_weights(model, start["model"], config.out if first else config.init_from)
-    if first:
-        for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
+        load_weights(model, start["model"], config.out if resumed else config.init_from)
+    if resumed:
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     forward = torch.compile(model) if config.compile else model
     if world > 1:
         forward = DistributedDataParallel(forward)  # averages the processes' gradients within backward()
 
     def numbers_of(step):
-        """A step has grad_accum micro-batches. Process r of w takes its numbers r, r + w, r + 2 w, ..."""
+        """A step has grad_accum micro-batches; of `world` processes this one takes every world-th."""
         return range(step * config.grad_accum + rank, (step + 1) * config.grad_accum, world)
 
     # The first are built before the run's folder is: a bad value of an objective's knob shows here.
     micro_batches = build_batches(batches, numbers_of(first), device)
-    out, metrics = open_run(config, start if first else None) if rank == 0 else (None, None)
-    describe(config, model, tok, batches, device, start if first else None)
+    out, metrics = open_run(config, resumed) if rank == 0 else (None, None)
+    describe(config, model, tok, batches, device, resumed)
 
     tokens_per_step = config.batch_size * config.grad_accum * config.block_size
     log_every = max(1, min(20, config.steps // 20))
-    report, logged, started = {}, first, time.perf_counter()
+    report, logged_step, logged_at = {}, first, time.perf_counter()
     model.train()
     with signals_to_stop() as asked_to_stop, tqdm(
             total=config.steps, initial=first, unit="step", mininterval=1, dynamic_ncols=True,
@@ -293,7 +297,7 @@ def train(config, start=None, measure=None):
             # 1. Forward and backward. The loss of a step is the mean over all its targets, however they are
             # divided among micro-batches and processes.
             counts = [(targets != IGNORE).sum() for _, targets in micro_batches]
-            n_targets = all_reduce_mean(sum(counts), world).clamp(min=1)  # a mean: so DDP reduces gradients
+            n_targets = all_reduce_mean(sum(counts), world).clamp(min=1)  # mean: DDP averages gradients, too
             numbers, loss = numbers_of(step), 0.0
             for number, count, (inputs, targets) in zip(numbers, counts, micro_batches):
                 torch.manual_seed(config.seed * 2**32 + number)  # decides dropout
@@ -313,7 +317,7 @@ def train(config, start=None, measure=None):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, config) * group["scale"]
+                    group["lr"] = learning_rate(step, config) * group["scale"]  # scale: see make_optimizers
                 optimizer.step()
                 optimizer.zero_grad()
             bar.update()
@@ -333,7 +337,7 @@ def train(config, start=None, measure=None):
                 continue
             loss = all_reduce_mean(loss, world).item()
             stop_if_diverged(loss, done, config)
-            speed = (done - logged) * tokens_per_step / (time.perf_counter() - started)
+            speed = (done - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             tokens = done * tokens_per_step
             line = {"step": done, "tokens": tokens, "epoch": tokens / config.block_size / batches.n_windows,
@@ -358,7 +362,7 @@ def train(config, start=None, measure=None):
                         "tokenizer": tok.to_dict(), "text": text, "metrics_bytes": metrics.tell()})
             if stop:
                 break
-            logged, started = done, time.perf_counter()
+            logged_step, logged_at = done, time.perf_counter()
     if world > 1:
         del forward  # freed after its process group, it may wait for ever
         dist.destroy_process_group()
@@ -422,7 +426,7 @@ def learning_rate(step, config):
 
 def make_optimizers(model, config):
     """-> [AdamW], or [AdamW, Muon] with --optimizer muon, where Muon has the matrices of the blocks."""
-    embeddings, hidden, vectors = [], [], []
+    embeddings, hidden, vectors = [], [], []  # embeddings: and an output layer of its own
     for name, p in model.named_parameters():
         (vectors if p.dim() < 2 else hidden if name.startswith("transformer.h.") else embeddings).append(p)
     groups = [{"params": embeddings, "scale": config.embedding_lr_scale},
@@ -574,7 +578,7 @@ def describe(config, model, tok, batches, device, resumed):
 
 
 def say(text):
-    """Prints a text, above the progress bar. That a log cannot be written ends no training."""
+    """Prints a text, above the progress bar. Training goes on where nothing can be printed any more."""
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -640,8 +644,8 @@ def all_reduce_mean(x, world):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory for the next tensors. It would return large blocks to the system and
-    take them again, a page fault for every 4 kB: 12% of a step on a CPU. Elsewhere it does nothing."""
+    """Tells glibc, Linux's C library, to keep freed memory for the next tensors. By itself glibc returns
+    large blocks to the system and takes them again, a page fault for every 4 kB: 12% of a step on a CPU."""
     with suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -659,8 +663,8 @@ def is_bf16_faster(device):
 
 
 def open_run(config, resumed):
-    """Makes the run's folder, sets config.out and writes config.json -> (folder, metrics.jsonl, a binary file
-    opened behind the lines that the checkpoint to resume knows)."""
+    """Makes the run's folder, sets config.out and writes config.json -> (folder, metrics.jsonl: a binary
+    file, open for appending, cut to what it held when the resumed checkpoint was saved)."""
     number = 1
     while not config.out:
         try:
