@@ -192,6 +192,7 @@ def train_all(r, jobs, module, at_once=6):
                 continue
             time.sleep(0.3)
             for process, runs in list(at_work.items()):
+                has_ended = process.poll() is not None  # asked first: what it wrote last is then seen below
                 for run in runs:
                     if run in todo and is_finished(run, arms, out):
                         del todo[run]
@@ -199,7 +200,7 @@ def train_all(r, jobs, module, at_once=6):
                         minutes = (time.time() - started) / 60
                         print(f"{n_runs - len(todo)} of {n_runs}: {run}; {minutes:.0f} min, about "
                               f"{minutes * sum(todo.values()) / done:.0f} min left", flush=True)
-                if process.poll() is not None:
+                if has_ended:
                     del at_work[process]
                     if failed := [run for run in runs if run in todo]:
                         log = Path(out, f"{runs[0]}.log")
