@@ -327,21 +327,23 @@ def test_check_exits_with_0_only_if_all_points_are_reached(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("task, old, new, told", [
+    (0, DRAW, "np.random.choice(ordinary, len(ordinary), False)", "comes_in_as_rng[mask]: got [("),
     (1, "return mask(", "import os; os._exit(0)\n    (", "with status 0"),
     (1, "return mask(", "import sys; sys.exit()\n    (", "SystemExit"),
     (1, "return mask(", "while True: print('x' * 999)\n    (", "4 seconds: is there a loop that never ends?"),
     (0, "import inspect", "import nonsuch", "cannot be imported: ModuleNotFoundError: No module named 'nons"),
     (0, "import inspect", "raise SystemExit", "xit"), (0, "import inspect", "import re\0", "null bytes")])
 def test_whatever_a_file_does_is_a_line(tmp_path, capsys, monkeypatch, task, old, new, told):
-    """While it lasts, stderr says so."""
+    """While it lasts, stderr says so. With CI set, pytest would look for hours for why two lists differ."""
+    monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(course, "SECONDS", 4 if "while" in new else 600)
     monkeypatch.setattr(course, "PAUSE", 3)
     course.copy_project(tmp_path / "project")
     text = (tmp_path / "project/objectives.py").read_text("utf-8")
     assert old in text
     (tmp_path / "project/objectives.py").write_text(text.replace(old, new, 1), "utf-8")
-    task = LABS[3].tasks[task]._replace(tests=f"{CONTRACT}[meap]")
-    line = course.run_tests(tmp_path / "project", 3, task)
+    tests = LABS[3].tasks[task].tests if old == DRAW else f"{CONTRACT}[meap]"
+    line = course.run_tests(tmp_path / "project", 3, LABS[3].tasks[task]._replace(tests=tests))
     assert told in line and "\n" not in line and str(tmp_path) not in line, line
     assert "while" not in new or capsys.readouterr().err.startswith("objectives.meap: 3 s, ")
 
