@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread only waits
-for name in ("CI", "BUILD_NUMBER"):  # where they are set, pytest compares two long lists for hours to tell why
-    os.environ.pop(name, None)       # they differ, also while it grades a wrong solution of a lab
+for name in ("CI", "BUILD_NUMBER"):  # if set, pytest takes hours to tell how two long lists differ, also
+    os.environ.pop(name, None)       # while it grades a wrong solution of a lab
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Tokenizer  # noqa: E402
