@@ -188,8 +188,8 @@ def read_arguments(arguments=None):
     first.add_argument("--resume", action="store_true")
     given, _ = first.parse_known_args(arguments)
 
-    # Defaults: what suits the text, under the preset, under what a checkpoint has. A flag goes over them, but
-    # may not change what a checkpoint fixes (below).
+    # Defaults: what suits the text, under the preset, under what a checkpoint has (fixed). A flag goes over
+    # them, but may not change what is fixed (below).
     objective, start, fixed = given.objective, None, {}
     defaults = {"preset": "finetune", "data": "functions"} if objective in ON_PAIRS else {"preset": "toy"}
     defaults |= PRESETS[given.preset or defaults["preset"]]
@@ -205,14 +205,14 @@ def read_arguments(arguments=None):
         if objective in ON_PAIRS and start["data"].startswith("programs"):
             defaults["data"] = start["data"]  # pairs of the text that the base knows
     parser = settings_parser(objective)
-    known = parser.parse_args([])
-    parser.set_defaults(**{name: value for name, value in (defaults | fixed).items() if name in known})
+    names = vars(parser.parse_args([])).keys()  # of all settings
+    parser.set_defaults(**{name: value for name, value in (defaults | fixed).items() if name in names})
     config = parser.parse_args(arguments)
 
     # What the checkpoint fixes stays. With rotary positions the context may grow; learned ones can be cut.
     free = RESUME_MAY_CHANGE if given.resume else {"block_size"}
     for name, value in fixed.items():
-        if name in known and name not in free and getattr(config, name) != value:
+        if name in names and name not in free and getattr(config, name) != value:
             flag, path = ("--resume", given.out) if given.resume else ("--init-from", given.init_from)
             raise ValueError(f"{flag_of(name)} {getattr(config, name)}: {path} has {value}; leave it out, or "
                              f"start anew without {flag}")
@@ -255,10 +255,10 @@ def train(config, start=None, measure=None):
     measure(model, tok, step) -> {name: value}: more to write into metrics.jsonl at each evaluation."""
     # Data: documents -> token stream -> windows -> rows, as the objective makes them.
     device, rank, world = join_processes(config)
-    tok, batches, held_out_rows, text = make_data(config, start, rank, world)
+    tok, batches, held_out_rows, text_name = make_data(config, start, rank, world)
     first = start["step"] if start else 0  # the step to begin with; 0: nothing to resume
     resumed = start if first else None
-    if resumed and resumed["text"] != text:  # a name made of its content: the text may lie in another place
+    if resumed and resumed["text"] != text_name:  # made of its content: the text may lie in another place
         raise OSError(f"--resume: --data {config.data} is not the text with which {config.out} was started; "
                       "put that back, or start anew with another --out")
 
@@ -359,7 +359,8 @@ def train(config, start=None, measure=None):
                     save_checkpoint(out / "ckpt.pt", {
                         "step": done, "config": vars(config), "model_config": asdict(model.config),
                         "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "tokenizer": tok.to_dict(), "text": text, "metrics_bytes": metrics.tell()})
+                        "tokenizer": tok.to_dict(), "text": text_name,
+                        "metrics_bytes": metrics.tell()})
             if stop:
                 break
             logged_step, logged_at = done, time.perf_counter()
@@ -376,21 +377,21 @@ def make_data(config, start, rank, world):
     """-> (Tokenizer, Batches, rows(n): n held-out rows, (inputs, targets) of T ids each, the text's name)."""
     tok = Tokenizer.from_dict(start["tokenizer"]) if config.init_from else None
     objective = partial(OBJECTIVES[config.objective], **config.knobs)
-    shape = config.block_size, config.batch_size, config.seed
+    size_and_seed = config.block_size, config.batch_size, config.seed
     if rank > 0:
         dist.barrier()  # until rank 0 has made the cache
     if config.objective in ON_PAIRS:
         from lab.pairs import prepare_pairs
-        data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective, *shape,
-                             config.cache_dir)
+        data = prepare_pairs(config.data, config.tokenizer, config.vocab_size, tok, objective,
+                             *size_and_seed, config.cache_dir)
     else:
-        tok, stream, held_out, text = prepare(config.data, config.tokenizer, config.vocab_size,
-                                              config.cache_dir, tok)
+        tok, stream, held_out, text_name = prepare(config.data, config.tokenizer, config.vocab_size,
+                                                   config.cache_dir, tok)
         if config.fim_level == "document":
             from lab.document_fim import fim_documents
             stream, objective = fim_documents(stream, tok, config.seed, config.objective, config.knobs), ntp
         held_out_rows = partial(text_rows, held_out, config.block_size)
-        data = tok, Batches(stream, objective, tok, *shape), held_out_rows, text
+        data = tok, Batches(stream, objective, tok, *size_and_seed), held_out_rows, text_name
     if rank == 0 and world > 1:
         dist.barrier()
     return data
@@ -550,9 +551,8 @@ def show_infill(model, tok, config, ids):
 
 def stop_if_diverged(loss, step, config):
     if not math.isfinite(loss):
-        saved = Path(config.out, "ckpt.pt")
-        kept = f"{saved} keeps the last good state" if saved.exists() else "nothing was saved yet"
-        raise OSError(f"the loss is {loss} at step {step}; {kept}; try a lower --lr than {config.lr}")
+        raise OSError(f"the loss is {loss} at step {step}; the last checkpoint, if any, is from before; "
+                      f"try a lower --lr than {config.lr}")
 
 
 def describe(config, model, tok, batches, device, resumed):
