@@ -50,11 +50,12 @@ def mask(inputs, ratio, tok, rng):
 
 
 def fim(ids, tok, rng, *, fim_rate=0.5, spm_rate=0.5, spm_layout="joint", span="char", max_document_tokens=0):
-    """Context-level FIM (FIM, section 3.2): each document in the window, whole or in part, becomes a FIM
-    example with probability fim_rate, in SPM order with probability spm_rate. Loss is on every token.
-    Examples are laid out whole until the row has T + 1 tokens.
+    """Context-level FIM (FIM, section 3.2): each document in the window becomes a FIM example with
+    probability fim_rate, in SPM order with probability spm_rate. Loss is on every token. Examples are laid
+    out whole until the row has T + 1 tokens, as the window has.
 
-    Raises ValueError for a knob out of its range, and where PSM and SPM examples could not be told apart."""
+    Raises ValueError for a knob that check_range or check_choice refuses, and for spm_layout swapped with
+    both orders, where PSM and SPM examples could not be told apart."""
     check_range("fim_rate", fim_rate, 0, 1)
     check_range("spm_rate", spm_rate, 0, 1)
     check_choice("spm_layout", spm_layout, SPM_LAYOUTS)
@@ -115,11 +116,11 @@ def fim_document(document, room, tok, rng, order, spm_layout, span):
 
 
 def split(text, rng, span="char"):
-    """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two places, each
-    uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
+    """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two independent
+    places, each uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
 
-    span "line" cuts at two different places of those where a line starts, or the text ends (section 4.5); of
-    "mixed" a quarter of the texts is cut so."""
+    span "line" cuts at two different places of those where a line starts, or the text ends (section 4.5);
+    "mixed" does so with probability 1/4. An empty text has three empty parts."""
     if span == "line" or span == "mixed" and rng.random() < 0.25:
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
         # With replacement, a tenth of the middles in ten-line texts would be empty, and a model would learn
@@ -136,7 +137,9 @@ def fim_example(prefix, middle, suffix, tok, order, spm_layout):
 
 
 def fim_prompt(prefix, suffix, tok, order, spm_layout):
-    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3)."""
+    """Lists of ids -> the layout up to where the middle begins: the prompt for infilling (FIM, section 3).
+
+    order: "psm" or "spm". spm_layout: one of SPM_LAYOUTS, see the top of this file; PSM ignores it."""
     if order == "psm":
         return [tok.pre, *prefix, tok.suf, *suffix, tok.mid]
     if spm_layout == "swapped":

@@ -167,11 +167,12 @@ def train_all(r, jobs, module, at_once=6):
     and up to at_once short runs; a base before what starts from it. Ctrl-C stops; the same call goes on.
 
     Raises OSError where a run fails."""
-    arms, out, left, cost = r.arms, r.out, [], {}  # left: lists of runs of an arm; cost: tokens of a run
+    arms, out, left, cost = r.arms, r.out, [], {}  # left: lists of runs of an arm; cost: about as its time
     for name, arm in arms.items():
         given, _ = train.settings_parser("ntp").parse_known_args(arm.flags.split())
         runs = [run for run in r.runs(name) if not is_finished(run, arms, out)]
-        cost |= dict.fromkeys(runs, given.steps * given.batch_size * given.block_size * arm.share)
+        tokens = given.steps * given.batch_size * given.block_size * arm.share
+        cost |= dict.fromkeys(runs, tokens * given.n_layer * given.n_embd)
         size = at_once if arm.share < 1 else 1
         left += [runs[i:i + size] for i in range(0, len(runs), size)]
     n_runs, todo, at_work, started = len(cost), dict(cost), {}, time.time()
