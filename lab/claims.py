@@ -40,8 +40,8 @@ REPEAT = ("--data {out}/repeat.jsonl --vocab-size 1024 --block-size 128 --n-embd
 PROGRAMS = "--data programs:40000 --eval-every 850"
 
 
-def markov(objective, steps=400, more=""):
-    return Arm(f"--objective {objective} {MARKOV} --steps {steps} --eval-every {steps}{more}", 5)
+def markov(objective, steps=400, more="", seeds=5):
+    return Arm(f"--objective {objective} {MARKOV} --steps {steps} --eval-every {steps}{more}", seeds)
 
 
 def tuned(flags):
@@ -52,14 +52,15 @@ MASKS = {"ntp": "ntp", "dropout": "ntp --dropout 0.1", "meap": "meap"}
 RATIOS, FIM_RATES = (0.05, 0.1, 0.2), (0.25, 0.5, 0.75, 0.9, 1.0)
 ARMS = {
     "markov-ntp": markov("ntp"), "markov-meap": markov("meap"),
-    **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}") for rate in FIM_RATES},
-    "markov-psm": markov("fim_psm --fim-rate 0.9"),
-    "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9"),
-    "markov-documents": markov("fim --fim-level document --fim-rate 0.9"),
+    **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}", seeds=14 if rate == 0.9 else 5)
+       for rate in FIM_RATES},
+    "markov-psm": markov("fim_psm --fim-rate 0.9", seeds=14),
+    "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9", seeds=14),
+    "markov-documents": markov("fim --fim-level document --fim-rate 0.9", seeds=14),
     "markov-tuned": tuned("--fim-rate 0.9"), "markov-tuned-slowly": tuned("--fim-rate 0.9 --lr 0.001"),
     "markov-tuned-0.25": tuned("--fim-rate 0.25"),
-    "stdlib-ntp": Arm(f"--objective ntp {STDLIB}", 4),
-    "stdlib-fim": Arm(f"--objective fim --fim-rate 0.5 {STDLIB}", 4),
+    **{f"stdlib-{name}": Arm(f"--objective {objective} {STDLIB}", 4)
+       for name, objective in (("ntp", "ntp"), ("fim", "fim --fim-rate 0.5"), ("meap", "meap"))},
     **{f"programs-{span}": Arm(f"--objective fim --fim-rate 0.9 --span {span} {PROGRAMS}", 3)
        for span in ("char", "token", "line")},
     **{f"{corpus}-{name}": Arm(f"--objective {objective} --data {corpus} {LOOKUP} {size}", seeds, 0.1)
@@ -99,9 +100,8 @@ def fim_for_free(r, arms="markov-ntp markov-fim-0.5 stdlib-ntp stdlib-fim"):
     On short and simple text FIM is free. On natural text a training of minutes is too short for that: half
     of its tokens stand in another order, and it has no tokens to spare."""
     return [same_bits("markov, bits per token: fim minus ntp",
-                      r("markov-fim-0.5", "excess") - r("markov-ntp", "excess")),
-            same_bits("stdlib, bits per byte: fim minus ntp",
-                      r("stdlib-fim", "bits") - r("stdlib-ntp", "bits"))]
+                      r.minus("markov-fim-0.5", "markov-ntp", "excess")),
+            same_bits("stdlib, bits per byte: fim minus ntp", r.minus("stdlib-fim", "stdlib-ntp", "bits"))]
 
 
 def fim_rate(r, arms=" ".join(["markov-ntp", *(f"markov-fim-{rate}" for rate in FIM_RATES)])):
@@ -114,16 +114,12 @@ def fim_rate(r, arms=" ".join(["markov-ntp", *(f"markov-fim-{rate}" for rate in 
     the middle, against Bayes' rule.
 
     A high rate costs little; a rate of 1 leaves the model without plain text to learn from."""
-    plain = r("markov-ntp", "excess")
-    return [same_bits("left to right, bits per token: rate 0.9 minus 0", r(JOINT, "excess") - plain),
-            more_bits("left to right, bits per token: rate 1 minus 0", r("markov-fim-1.0", "excess") - plain),
+    return [same_bits("left to right, bits per token: rate 0.9 minus 0",
+                      r.minus(JOINT, "markov-ntp", "excess")),
+            more_bits("left to right, bits per token: rate 1 minus 0",
+                      r.minus("markov-fim-1.0", "markov-ntp", "excess")),
             more_bits("middles in SPM, bits per token: rate 0.25 minus 0.9",
-                      above("markov-fim-0.25", "spm", r))]
-
-
-def above(arm, order, r, other=JOINT):
-    """(seeds,): bits per token of the middles of an arm, minus those of another."""
-    return r(arm, f"{order}_middle") - r(other, f"{order}_middle")
+                      r.minus("markov-fim-0.25", JOINT, "spm_middle"))]
 
 
 def orders(r, arms=f"{JOINT} markov-psm markov-spm"):
@@ -138,10 +134,10 @@ def orders(r, arms=f"{JOINT} markov-psm markov-spm"):
     Train on both orders: the model then serves both prompts. Of the single orders PSM is the safer one: a
     joint SPM example, <PRE> <SUF> suffix <MID> prefix middle, is a PSM example whose prefix is empty."""
     return [more_bits("both orders: PSM minus SPM", r(JOINT, "psm_middle") - r(JOINT, "spm_middle")),
-            no_more_bits("in PSM: both orders minus PSM alone", above(JOINT, "psm", r, "markov-psm")),
-            no_more_bits("in SPM: both orders minus SPM alone", above(JOINT, "spm", r, "markov-spm")),
-            more("in PSM: SPM alone minus both orders", above("markov-spm", "psm", r), 0.1),
-            at_most("in SPM: PSM alone minus both orders", above("markov-psm", "spm", r), 0.1)]
+            no_more_bits("in PSM: both orders minus PSM alone", r.minus(JOINT, "markov-psm", "psm_middle")),
+            no_more_bits("in SPM: both orders minus SPM alone", r.minus(JOINT, "markov-spm", "spm_middle")),
+            more("in PSM: SPM alone minus both orders", r.minus("markov-spm", JOINT, "psm_middle"), 0.1),
+            at_most("in SPM: PSM alone minus both orders", r.minus("markov-psm", JOINT, "spm_middle"), 0.1)]
 
 
 def context_level(r, arms=f"{JOINT} markov-documents"):
@@ -153,10 +149,11 @@ def context_level(r, arms=f"{JOINT} markov-documents"):
     On whole documents a window may cut an example: the model then sees a middle without its prompt.
 
     It matters as much as windows cut documents: little where documents are far shorter than the context."""
-    other = "markov-documents"
-    return [*(more_bits(f"middles in {order.upper()}, bits per token: document level minus context level",
-                        above(other, order, r)) for order in probes.ORDERS),
-            same_bits("left to right, bits per token: the same", r(other, "excess") - r(JOINT, "excess"))]
+    return [kind(f"{text}, bits per token: document level minus context level",
+                 r.minus("markov-documents", JOINT, name))
+            for kind, text, name in ((more_bits, "middles in PSM", "psm_middle"),
+                                     (more_bits, "middles in SPM", "spm_middle"),
+                                     (same_bits, "left to right", "excess"))]
 
 
 def spans(r, arms="programs-line programs-token programs-char"):
@@ -169,7 +166,7 @@ def spans(r, arms="programs-line programs-token programs-char"):
 
     Cut where your users' cursors stand. Only cuts at characters teach a model to go on inside a word."""
     return [more_passes(f"{name}: cuts at {cut}s minus {other}s",
-                        r(f"programs-{cut}", hole) - r(f"programs-{other}", hole))
+                        r.minus(f"programs-{cut}", f"programs-{other}", hole))
             for name, hole, cut, other in (
                 ("one line", "line", "line", "char"), ("several lines", "lines", "line", "char"),
                 ("random spans", "span", "char", "line"), ("random spans", "span", "char", "token"))]
@@ -184,10 +181,10 @@ def fine_tuning(r, arms=f"{JOINT} markov-tuned markov-tuned-slowly markov-tuned-
     A finished ntp model of markov is trained for half of its steps again in three settings.
 
     Train with FIM from the start. Afterwards, take the full learning rate and a high rate."""
-    return [no_more_bits("middles in SPM, bits per token: tuned so minus pretrained",
-                         above("markov-tuned", "spm", r)),
-            more_bits("... at a tenth of the learning rate", above("markov-tuned-slowly", "spm", r)),
-            more_bits("... at a rate of 0.25", above("markov-tuned-0.25", "spm", r))]
+    return [kind(text, r.minus(arm, JOINT, "spm_middle")) for kind, text, arm in (
+        (no_more_bits, "middles in SPM, bits per token: tuned so minus pretrained", "markov-tuned"),
+        (more_bits, "... at a tenth of the learning rate", "markov-tuned-slowly"),
+        (more_bits, "... at a rate of 0.25", "markov-tuned-0.25"))]
 
 
 def middle_is_cheaper(r, arms=JOINT):
@@ -297,16 +294,19 @@ def mask_ratio(r, arms=" ".join(["records-meap", *(f"records-{ratio}" for ratio 
                        r.log_steps(f"records-{ratio}") - r.log_steps("records-meap")) for ratio in RATIOS]
 
 
-def language_modelling(r, arms="markov-ntp markov-meap"):
+def language_modelling(r, arms="markov-ntp markov-meap stdlib-ntp stdlib-meap"):
     """Is plain text predicted as well?
 
     MEAP, language modelling and commonsense: no worse than NTP.
 
-    Held-out markov, without masks, in bits above the exact number.
+    Held-out text without masks, after equally many tokens.
 
-    Masks do no harm there."""
-    return [no_more_bits("bits per token: MEAP minus NTP",
-                         r("markov-meap", "excess") - r("markov-ntp", "excess"))]
+    On short and simple text masks do no harm. On natural text they cost what they hide, in a training of
+    minutes."""
+    return [no_more_bits("markov, bits per token: MEAP minus NTP",
+                         r.minus("markov-meap", "markov-ntp", "excess")),
+            no_more_bits("stdlib, bits per byte: MEAP minus NTP",
+                         r.minus("stdlib-meap", "stdlib-ntp", "bits"))]
 
 
 def hallucination(r, arms="relay-ntp relay-dropout relay-meap"):
@@ -339,7 +339,7 @@ def masked_copy(r, arms="answers-sft answers-meap_sft"):
 
     A copy doubles what an example costs, so it pays only where it halves the number of examples."""
     return [more_share("gifts named rightly at the end: meap_sft minus sft",
-                       r("answers-meap_sft", "recall") - r("answers-sft", "recall")),
+                       r.minus("answers-meap_sft", "answers-sft", "recall")),
             more_times("steps until 80% are right: sft over meap_sft",
                        r.log_steps("answers-sft") - r.log_steps("answers-meap_sft"))]
 
@@ -477,9 +477,10 @@ def draw_recall(axis, r):
 def draw_fim_rate(axis, r):
     for name, label in (("excess", "left to right"), ("psm_middle", "middle, PSM"),
                         ("spm_middle", "middle, SPM")):
-        values = np.array([r(f"markov-fim-{rate}", name) for rate in FIM_RATES])
-        line, = axis.plot(FIM_RATES, values.mean(1), label=label)
-        axis.plot(FIM_RATES, values, ".", color=line.get_color())
+        values = [r(f"markov-fim-{rate}", name) for rate in FIM_RATES]
+        line, = axis.plot(FIM_RATES, [seeds.mean() for seeds in values], label=label)
+        for rate, seeds in zip(FIM_RATES, values):
+            axis.plot([rate] * len(seeds), seeds, ".", color=line.get_color())
     axis.set(xlabel="FIM rate", ylabel="bits per token above the exact number")
 
 

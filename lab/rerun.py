@@ -99,6 +99,12 @@ class Results:
     def __call__(self, arm, name):
         return np.array([log[-1][name] for log in self.log(arm)])
 
+    def minus(self, arm, other, name):
+        """A figure of an arm minus that of another, for the seeds that both have."""
+        values, others = self(arm, name), self(other, name)
+        n = min(len(values), len(others))
+        return values[:n] - others[:n]
+
     def curve(self, arm, name):
         """-> steps (n,), values (seeds, n), for runs that all have the same number of evaluations."""
         logs = self.log(arm)
