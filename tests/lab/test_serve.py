@@ -3,12 +3,10 @@ import http.client
 import json
 import re
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,14 +23,12 @@ POST = b"POST /infill HTTP/1.1\r\nHost: localhost\r\n"
 @contextmanager
 def running(folder):
     """The server of a run, at a free port, in a thread."""
-    with serve.Server("127.0.0.1", 0, folder, "cpu") as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serve.Server("127.0.0.1", 0, folder, "cpu") as server, ThreadPoolExecutor(1) as threads:
+        threads.submit(server.serve_forever, poll_interval=0.01)
         try:
             yield server
         finally:
             server.shutdown()
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -69,29 +65,21 @@ def wait_for(condition):
         time.sleep(0.005)
 
 
-def ask(server, path, body=None, headers=()):
-    """One request over a connection of its own -> status, content, http.client's response, raw body."""
+def ask(server, path, body=None, headers=(), sends_on=True):
+    """One request, after which some clients close their half of the connection -> the response."""
     with closing(http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)) as connection:
         body = json.dumps(body) if isinstance(body, dict) else body
-        body = body.encode() if isinstance(body, str) else body
         connection.request("GET" if body is None else "POST", path, body, dict(headers))
+        if not sends_on:
+            connection.sock.shutdown(socket.SHUT_WR)
         response = connection.getresponse()
-        raw = response.read()
-        content = json.loads(raw) if response.headers["Content-Type"] == "application/json" else None
-        return SimpleNamespace(status=response.status, content=content, response=response, raw=raw)
+        response.raw = response.read()
+        response.content = json.loads(response.raw) if "json" in response.headers["Content-Type"] else None
+        return response
 
 
 def completions(server, body):
     return ask(server, "/v1/completions", body).content["choices"]
-
-
-def connected(server):
-    return socket.create_connection(("127.0.0.1", server.server_port), timeout=20)
-
-
-def received(connection):
-    """The bytes that come up to the connection's end."""
-    return b"".join(iter(lambda: connection.recv(2**16), b""))
 
 
 def expected_infill(server, prefix, suffix, **settings):
@@ -109,26 +97,15 @@ def hole(**fields):
     return {"input_prefix": PREFIX, "prompt": TYPED, "input_suffix": SUFFIX} | fields
 
 
-def test_a_worked_example(server):
-    """What llama.vim's curl gets; it drops an answer with a space behind the colon. The connection stays."""
-    best, = expected_infill(server, PREFIX + TYPED, SUFFIX, max_new_tokens=8)
-    body = json.dumps(hole(n_predict=8)).encode()
-    request = POST + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    with connected(server) as connection:
-        connection.sendall(request + request.replace(b"localhost", b"localhost\r\nConnection: close"))
-        answers = received(connection)
-    assert answers.count(b'\r\n\r\n{"content":%s,' % json.dumps(best.text).encode()) == 2
-
-
-def test_what_the_plugins_read(server):
-    """llama.vscode reads the context's size; llama.vim timings under names of their own, in one of three
-    forms: prompt_n, prompt_ms and prompt_per_second, and so for predicted."""
+def test_what_the_plugins_read(server, tok):
+    """llama.vim drops an answer with a space behind the first colon, and reads timings under names of their
+    own: n, ms and per_second of both parts. llama.vscode reads the context's size."""
     best, = expected_infill(server, PREFIX + TYPED, SUFFIX)
-    got = ask(server, "/infill", hole(n_predict=-1, top_k=40, top_p=0.9, samplers=["x"], id_slot=0)).content
-    assert got["content"] == best.text and got["generation_settings"]["n_ctx"] == T
-    n_new = got["timings"]["predicted_n"]
-    assert 0 < n_new <= T // 4 and got["tokens_cached"] == n_new + len(
-        server.tok.encode(PREFIX + TYPED) + server.tok.encode(SUFFIX)) + 3
+    answer = ask(server, "/infill", hole(n_predict=-1, top_k=40, top_p=0.9, samplers=["x"]), sends_on=False)
+    assert answer.raw.startswith(b'{"content":%s,' % json.dumps(best.text).encode())
+    got, n_new = answer.content, answer.content["timings"]["predicted_n"]
+    assert got["generation_settings"]["n_ctx"] == T and 0 < n_new <= T // 4
+    assert got["tokens_cached"] - n_new == len(tok.encode(PREFIX + TYPED) + tok.encode(SUFFIX)) + 3
     for part in ("prompt", "predicted"):
         n, ms, speed = (got[f"timings/{part}_{name}"] for name in ("n", "ms", "per_second"))
         assert n == got["timings"][f"{part}_n"] and speed == pytest.approx(1000 * n / ms)
@@ -172,12 +149,11 @@ def test_openais_completions(server):
 
 def streamed(server, body):
     """Server-sent events: lines "data: " and JSON, an empty line after each, at the end [DONE]."""
-    got = ask(server, "/v1/completions", body | {"stream": True})
-    assert got.response.headers["Content-Type"] == "text/event-stream"
-    *events, end = got.raw.decode().split("\n\n")
-    assert end == "" and events[-1] == "data: [DONE]"
-    assert all(event.startswith("data: {") and "\n" not in event for event in events[:-1])
-    return [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
+    got = ask(server, "/v1/completions", body | {"stream": True}, sends_on=False)
+    assert got.headers["Content-Type"] == "text/event-stream"
+    *events, done, end = got.raw.decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(event[len("data: "):])["choices"][0] for event in events]
 
 
 @pytest.mark.parametrize("fields", [{"suffix": SUFFIX}, {}, {"temperature": 3, "seed": 5}])
@@ -199,20 +175,18 @@ def test_a_completion_ends_before_the_first_stop_text(server):
         choice, = completions(server, body | {"stop": stop})
         assert (choice["text"], choice["finish_reason"]) == (text[:text.find(first)], "stop")
         assert "".join(piece["text"] for piece in streamed(server, body | {"stop": stop})) == choice["text"]
-    several = completions(server, body | {"n": 4, "stop": ["e", "t"]})
-    assert not any("e" in choice["text"] or "t" in choice["text"] for choice in several)
 
 
-def test_a_completion_ends_where_it_repeats_the_suffix(server, monkeypatch):
-    """As in sample.infill, but the rest is not even generated."""
+@pytest.mark.parametrize("end", [{"suffix": "\r\n    return total\r\n"}, {"stop": "\r\n    "}])
+def test_nothing_is_generated_after_the_end(end, server, monkeypatch):
+    """Like sample.infill, a completion ends where it repeats the suffix. \r\n: of an editor's file."""
     ids = server.tok.encode("(xs)\n    return total\n\n\ndef more(xs):\n")
     steps = [(torch.tensor([i]), torch.tensor([-1.0])) for i in ids]
     monkeypatch.setattr(serve, "generate", lambda *_, **__: iter(steps))
-    body = {"prompt": "total = sum", "suffix": "\n    return total\n"}
-    got = ask(server, "/v1/completions", body).content
+    got = ask(server, "/v1/completions", {"prompt": "total = sum"} | end).content
     assert (got["choices"][0]["text"], got["choices"][0]["finish_reason"]) == ("(xs)", "stop")
     assert got["usage"]["completion_tokens"] < len(ids) - 5
-    assert streamed(server, body)[-1]["finish_reason"] == "stop"
+    assert streamed(server, {"prompt": "total = sum"} | end)[-1]["finish_reason"] == "stop"
 
 
 def test_typing_on_computes_only_what_is_new(server):
@@ -224,29 +198,21 @@ def test_typing_on_computes_only_what_is_new(server):
     assert got["content"] == expected_infill(server, PREFIX + TYPED, SUFFIX)[0].text
 
 
-def test_a_newer_request_of_the_same_client_cancels_the_older(server, slow):
-    """Its answer is an error, which plugins drop. Other clients wait for their turn."""
-    def editor(seed, name, n_predict):
-        def newest():
-            return [job.settings["seed"] for job in list(server.newest.values())]
-        wait_for(lambda: seed == 0 or seed - 1 in newest())
-        return ask(server, "/infill", hole(seed=seed, n_predict=n_predict), {"User-Agent": name})
+def test_a_newer_request_of_the_same_client_cancels_the_older(server):
+    """The older gets an error, which plugins drop. minuet-ai sends three equal requests, all answered."""
+    def newest():
+        return {job.settings["seed"] for job in list(server.newest.values())}
 
-    got = at_once(*(partial(editor, *request) for request in (
-        (0, "vim", 32), (1, "emacs", 4), (2, "vim", 4), (3, "vim", 4))))
-    assert [answer.status for answer in got] == [409, 200, 409, 200]
-    assert "a newer request came" in got[0].content["error"]["message"]
+    def editor(seed, name):
+        wait_for(lambda: seed == 50 or {seed - 1, seed} & newest())
+        return ask(server, "/infill", hole(seed=seed, n_predict=4), {"User-Agent": name})
+
+    requests = [(50, "vim"), (51, "emacs"), (52, "vim"), *[(53, "vim")] * 3]
+    with server.model.register_forward_hook(lambda *_: wait_for(lambda: 53 in newest())):
+        got = at_once(*(partial(editor, *request) for request in requests))
+    assert [answer.status for answer in got] == [409, 200, 409, 200, 200, 200]
     best, = expected_infill(server, PREFIX + TYPED, SUFFIX, max_new_tokens=4)
-    assert got[3].content["content"] == best.text
-    wait_for(lambda: not server.newest)
-
-
-@pytest.mark.parametrize("path, name", [("/infill", "content"), ("/v1/completions", "choices")])
-def test_equal_requests_are_all_answered(server, slow, path, name):
-    """minuet-ai sends three at once, for three suggestions."""
-    body = {"prompt": PREFIX, "input_suffix": SUFFIX, "n_predict": 8, "max_tokens": 8}
-    got = at_once(*[lambda: ask(server, path, body).content[name]] * 3)
-    assert got[0] == got[1] == got[2]
+    assert {answer.content["content"] for answer in got[3:]} == {best.text}
 
 
 def test_a_stream_that_is_cancelled_ends_with_an_error(server, slow):
@@ -256,24 +222,9 @@ def test_a_stream_that_is_cancelled_ends_with_an_error(server, slow):
     assert b'{"error":{"code":409' in got.raw.split(b"\n\n")[-2] and b"[DONE]" not in got.raw
 
 
-def sent_by_hand(connection, **body):
-    body = json.dumps({"prompt": PREFIX, "max_tokens": T} | body)
-    connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                       f"User-Agent: by hand\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
-
-
-@pytest.mark.parametrize("stream, end", [(False, b"}"), (True, b"data: [DONE]\n\n")])
-def test_a_client_that_will_send_no_more_is_answered(stream, end, server):
-    with connected(server) as connection:
-        sent_by_hand(connection, stream=stream)
-        connection.shutdown(socket.SHUT_WR)
-        answer = received(connection)
-    assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(end)
-
-
 def test_closing_the_connection_cancels_a_stream(server, slow):
-    with connected(server) as connection:
-        sent_by_hand(connection, stream=True)
+    with closing(http.client.HTTPConnection("127.0.0.1", server.server_port)) as connection:
+        connection.request("POST", "/v1/completions", '{"stream": true, "max_tokens": 99, "user": "x"}')
         wait_for(lambda: slow)
     assert completions(server, {"prompt": PREFIX, "max_tokens": 1}) and len(slow) < T // 4  # tokens of both
 
@@ -283,23 +234,15 @@ def test_fifty_requests_at_once(server, agent, allowed):
     got = at_once(*(partial(ask, server, "/infill", hole(prompt=f"    x{i}", n_predict=2),
                             {"User-Agent": agent.format(i)}) for i in range(50)))
     assert 200 in {answer.status for answer in got} <= allowed
-    wait_for(lambda: not server.newest)
-
-
-def test_line_ends_of_any_kind_give_the_same_completion(server):
-    """An editor may send the \\r\\n of its file; the model was trained on \\n."""
-    body = json.dumps({"prompt": PREFIX, "suffix": SUFFIX, "stop": ["x\n"], "max_tokens": T})
-    one, *others = (ask(server, "/v1/completions", body.replace(r"\n", end)).content
-                    for end in (r"\n", r"\r\n", r"\r"))
-    assert all((other["choices"], other["usage"]) == (one["choices"], one["usage"]) for other in others)
 
 
 @pytest.mark.parametrize("path, fields, same_as", [
+    *[("/v1/completions", {"prompt": PREFIX.replace("\n", end)}, {"prompt": PREFIX})
+      for end in ("\r\n", "\r")],  # an editor may send the line ends of its file
     ("/infill", {"top_k": -1, "temperature": 1}, {"top_k": 0, "temperature": 1}),
     ("/infill", {"top_k": 40.0, "temperature": 1}, {"top_k": 40, "temperature": 1}),
-    ("/infill", {"n_predict": 8.0}, {"n_predict": 8}), ("/infill", {"n_predict": -2}, {"n_predict": T}),
     ("/infill", {"top_p": 0, "temperature": 1}, {"top_k": 1, "temperature": 1}),
-    ("/infill", {"stop": [""]}, {}), ("/infill", {"prompt": [TYPED]}, {}),
+    ("/infill", {"n_predict": -2}, {"n_predict": T}), ("/infill", {"stop": [""], "prompt": [TYPED]}, {}),
     ("/v1/completions", {"prompt": [TYPED], "stop": ""}, {})])
 def test_what_llama_cpp_and_openai_take(path, fields, same_as, server):
     one, other = (ask(server, path, hole() | given) for given in (fields, same_as))
@@ -310,93 +253,76 @@ def test_what_llama_cpp_and_openai_take(path, fields, same_as, server):
 def test_long_texts_are_trimmed_to_the_hole(server, documents):
     """A million characters, of code or of one letter, and the answer is that for the ends at the hole."""
     code = "".join(documents[:8]) * 10
-    best, = expected_infill(server, server.tok.decode(server.tok.encode(code[-4000:])), code[:4000])
+    best, = expected_infill(server, code[-4000:], code[:4000])
     got = ask(server, "/infill", {"input_prefix": code, "input_suffix": code, "n_predict": -1})
     assert len(code) > 10**6 and got.content["content"] == best.text
     assert completions(server, {"prompt": "x" * 10**6, "max_tokens": 1})
 
 
-BAD = {"/infill": [
+BAD = [
     ("", "no JSON"), (b"\xff", "no JSON"), ("[" * 10**5, "no JSON"), ("[1]", "no JSON object"),
-    ({"input_prefix": 5}, "input_prefix 5: expected a text"), ({"prompt": [1]}, "prompt 1: expected a text"),
-    ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"stop": 5}, "stop 5: expected texts"),
+    ('{"n_predict": %s}' % ("9" * 5000), "no JSON"), ({"input_prefix": 5}, "input_prefix 5: expected a text"),
+    ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"prompt": [1]}, "prompt 1: expected"),
     ({"input_suffix": {"a": "b" * 1000}}, "bbb: expected a text"), ({"stop": [None]}, "stop [null]:"),
-    ({"n_predict": "9"}, 'n_predict "9": expected a whole number'), ({"n_predict": True}, "n_predict true"),
-    ({"n_predict": 1.5}, "n_predict 1.5"), ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"),
-    ('{"n_predict": %s}' % ("9" * 5000), "no JSON"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
-    ({"stream": True}, "stream true: expected false"), ('{"temperature": NaN}', "temperature NaN:"),
-    ({"temperature": -1}, "temperature -1: expected 0 to 100"), ('{"top_p": 1e999}', "top_p Infinity:"),
-    ('{"temperature": 1%s}' % ("0" * 999), "expected 0 to 100")], "/v1/completions": [
-    ({"prompt": None, "suffix": 1}, "suffix 1: expected a text"), ({"max_tokens": []}, "max_tokens []:"),
-    ({"stream": "yes"}, 'stream "yes": expected true'), ({"stream": True, "n": 2}, "n 2: expected 1 with")]}
+    ({"n_predict": True}, "n_predict true: expected a whole number"), ({"n_predict": 1.5}, "n_predict 1.5"),
+    ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
+    ('{"temperature": NaN}', "temperature NaN: expected 0 to 100"), ({"stream": "yes"}, 'stream "yes":'),
+    ('{"temperature": 1%s}' % ("0" * 999), "expected 0 to 100"), ({"stream": True}, "stream true: expected")]
 
 
 @pytest.mark.parametrize("status, path, body, message", [
-    *[(400, path, *bad) for path in BAD for bad in BAD[path]],
-    (404, "/v1/chat/completions", {}, "expected GET / or GET /health"),
+    *[(400, "/infill", *bad) for bad in BAD],
+    (400, "/v1/completions", {"stream": True, "n": 2}, "expected false, but for one completion"),
+    (404, "/v1/chat/completions", {}, "or GET /health"), (413, "/infill", bytes(serve.LARGEST + 1), "Length"),
     (404, "/infill", None, "or POST /infill"), (404, "/" + "x" * 1000, None, "xxx: expected")])
 def test_a_bad_request_is_refused_in_one_sentence(status, path, body, message, server):
     got = ask(server, path, body)
     assert (got.status, got.content["error"]["code"]) == (status, status)
     assert message in got.content["error"]["message"] and len(got.content["error"]["message"]) < 200
-    assert got.response.headers["Connection"] == "close" and ask(server, "/health").status == 200
 
 
 @pytest.mark.parametrize("sent, expected", [
-    (b"", b""), (b"GET /hea", b""), (b"GET /health HTTP/1.1\r\nA: ", b""), (b"hello\r\n\r\n", b'"code":400'),
-    (b"GET /\xff HTTP/1.1\r\n\r\n", b'"code":404'), (POST + b"\r\n{}", b'"code":413'),
-    (POST + b"Content-Length: 9\r\n\r\n{", b'"code":408'), (b"PUT" + POST[4:] + b"\r\n", b'"code":501'),
-    (POST + b"Content-Length: -1\r\n\r\n{}", b'"code":413'), (b"x" * 70_000, b'"code":414')])
+    (b"", b""), (b"GET /hea", b""), (b"GET /health HTTP/1.1\r\nA: ", b""), (b"hello\r\n\r\n", b"400"),
+    (b"GET /\xff HTTP/1.1\r\n\r\n", b" 404 "), (POST + b"\r\n{}", b" 413 "), (b"x" * 70_000, b" 414 "),
+    (POST + b"Content-Length: 9\r\n\r\n{", b""), (b"PUT" + POST[4:] + b"\r\n", b" 501 "),
+    *[(POST + b"Content-Length: %d\r\n\r\n{}" % length, b" 413 ") for length in (-1, 10**8)]])
 def test_what_is_no_request_is_refused_and_a_slow_client_left(sent, expected, server, monkeypatch):
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
-    with connected(server) as connection:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as connection:
         connection.sendall(sent)
         assert ask(server, "/infill", hole(n_predict=1)).status == 200  # meanwhile
-        answer = received(connection)
+        answer = b"".join(iter(lambda: connection.recv(2**16), b""))
     assert expected in answer and bool(expected) == bool(answer)
 
 
 @pytest.mark.parametrize("listens, host, origin, status", [
-    ("127.0.0.1", "localhost:8012", None, 200), ("0.0.0.0", "my-machine:8012", None, 200),
-    ("127.0.0.1", "localhost:8012", "http://localhost:8012", 200), ("127.0.0.1", "localhost", "null", 403),
-    ("127.0.0.1", "localhost:8012", "http://localhost:3000", 403),  # another page on this machine
+    ("0.0.0.0", "my-machine:8012", None, 200), ("127.0.0.1", "localhost:1", "http://localhost:1", 200),
     ("0.0.0.0", "10.0.0.9:1", "http://10.0.0.9:1", 200), ("my-pc", "my-pc:1", "http://my-pc:1", 200),
-    *[(listens, host, "http://evil.example", 403) for listens in ("127.0.0.1", "0.0.0.0")
-      for host in ("localhost", "evil.example", "")],
-    ("127.0.0.1", "localhost.evil.example", "http://localhost.evil.example", 403)])
+    *[("127.0.0.1", host, "http://evil.example", 403) for host in ("localhost", "evil.example", "")],
+    ("127.0.0.1", "localhost.evil.example", "http://localhost.evil.example", 403),
+    ("127.0.0.1", "localhost:8012", "http://localhost:3000", 403)])  # another page on this machine
 def test_web_pages_of_others_cannot_ask(listens, host, origin, status, server, monkeypatch):
     """Origin is what a browser sends for a page; a foreign Host is a page's own name that leads here."""
     monkeypatch.setattr(server, "host", listens)
-    for path, body in {"/infill": hole(n_predict=1), "/v1/completions": {"max_tokens": 1}}.items():
-        got = ask(server, path, body, {"Host": host} | ({"Origin": origin} if origin else {}))
-        assert got.status == status and "Access-Control-Allow-Origin" not in got.response.headers
+    got = ask(server, "/infill", hole(n_predict=1), {"Host": host} | ({"Origin": origin} if origin else {}))
+    assert got.status == status and "Access-Control-Allow-Origin" not in got.headers
 
 
 def test_what_can_be_got(server):
     """The page asks /infill as an editor does, and loads nothing from elsewhere."""
     assert ask(server, "/health").raw == b'{"status":"ok"}'
-    model, = ask(server, "/v1/models?limit=1").content["data"]
-    assert (model["id"], model["object"]) == ("tiny", "model")
+    assert ask(server, "/v1/models?limit=1").content["data"] == [{"id": "tiny", "object": "model"}]
     page = ask(server, "/")
-    assert page.response.headers["Content-Type"] == "text/html" and page.raw.startswith(b"<!DOCTYPE html>")
+    assert page.headers["Content-Type"] == "text/html" and page.raw.startswith(b"<!DOCTYPE html>")
     assert {name for name in hole() if b"%s:" % name.encode() in page.raw} == {"input_prefix", "input_suffix"}
     assert b'fetch("/infill"' in page.raw and b"//" not in page.raw
-
-
-def test_a_body_of_100_mb_is_refused_before_it_is_read(server):
-    with connected(server) as connection:
-        connection.sendall(POST + b"Content-Length: 100000000\r\n\r\n")
-        assert connection.recv(2**16).startswith(b"HTTP/1.1 413 ")  # at once
-        connection.sendall(bytes(10**8))  # a client that goes on to send can still read the answer
-    assert ask(server, "/infill", bytes(serve.LARGEST + 1)).content["error"]["code"] == 413
 
 
 def test_a_model_that_saw_no_gap_continues_and_refuses_holes(tmp_path, tok):
     with running(save_run(tmp_path / "left", small_model(tok.n_vocab, T), tok)) as server:
         assert ask(server, "/v1/completions", {"prompt": PREFIX}).content["choices"][0]["text"]
-        for path in ("/infill", "/v1/completions"):
-            got = ask(server, path, {"prompt": "a", "suffix": "b"})
-            assert got.status == 400 and "not trained to infill" in got.content["error"]["message"]
+        got = ask(server, "/v1/completions", {"prompt": "a", "suffix": "b"})
+        assert got.status == 400 and "not trained to infill" in got.content["error"]["message"]
 
 
 @pytest.mark.parametrize("arguments, code, message", [
@@ -411,5 +337,4 @@ def test_a_mistake_at_the_start_is_one_line(arguments, code, message, server, ru
 def test_the_command_says_where_it_serves(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(serve.Server, "serve_forever", lambda server: print(*server.server_address))
     serve.main(["--ckpt", str(run_folder), "--port", "0", "--device", "cpu"])
-    shown = capsys.readouterr().out
-    assert re.fullmatch(rf"{run_folder} at http://127.0.0.1:(\d+): .*\n127.0.0.1 \1\n", shown)
+    assert re.fullmatch(r"tiny at http://127.0.0.1:(\d+) .*\n127.0.0.1 \1\n", capsys.readouterr().out)
