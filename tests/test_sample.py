@@ -15,9 +15,8 @@ from conftest import run_main, save_run, small_model
 import sample
 from data import Tokenizer
 from objectives import OBJECTIVES, fim_prompt, knobs_of
-from sample import (NOT_STOPPED, REPEATS, STOPPED, Infill, PromptCache, best_first, collect, encode_raw,
-                    generate, infill, infill_prompt, load_checkpoint, load_model, newest_run, unescape,
-                    where_suffix_repeats)
+from sample import (NOT_STOPPED, REPEATS, STOPPED, Infill, PromptCache, encode_raw, generate, infill,
+                    infill_prompt, load_checkpoint, load_model, unescape)
 
 PREFIX, SUFFIX = "def mean(xs):\n    return sum(xs)", "\n\nprint(mean([1, 2]))\n"
 BYTES = Tokenizer.bytes()
@@ -57,8 +56,7 @@ def test_a_worked_example():
 
 @pytest.mark.parametrize("objective, knobs", [
     ("fim_psm", {}), ("fim_spm", {"spm_layout": "swapped"}), ("fim_spm", {"spm_layout": "labelled"}),
-    ("fim", {}), ("fim", {"spm_layout": "labelled"}), ("fim", {"spm_rate": 0.0, "spm_layout": "swapped"}),
-    ("fim_meap", {}), ("fim_meap", {"spm_rate": 1.0, "spm_layout": "swapped"})])
+    ("fim", {}), ("fim", {"spm_rate": 0.0, "spm_layout": "swapped"}), ("fim_meap", {})])
 def test_a_hole_is_laid_out_as_in_the_training_of_the_checkpoint(objective, knobs, tmp_path):
     """Each row of the training begins with an infill's prompt, then has its middle and <EOT>. Of a model
     trained in both orders, these are the rows in SPM order."""
@@ -94,8 +92,6 @@ def naive_greedy(model, context, n_tokens, stop=None):
 def test_greedy_generation_is_the_naive_loop_also_past_the_context(n_prompt):
     model, prompts = small_model(60, n_layer=1), torch.randint(60, (2, n_prompt)).tolist()
     expected = [naive_greedy(model, prompt, 50) for prompt in prompts]
-    for settings in ({"temperature": 0}, {"temperature": 3, "top_k": 1}, {"temperature": 3, "top_p": 1e-6}):
-        assert draw(model, prompts, 50, **settings)[0].tolist() == expected
     assert draw(model, prompts, 50, temperature=0, n=2)[0].tolist() == [expected[0]] * 2 + [expected[1]] * 2
 
 
@@ -125,7 +121,7 @@ def test_a_row_that_stopped_stays_so_and_leaves_the_others_alone():
     assert (ids[ended] == stop).all() and (ids[:, -1] == stop).all() and ids.max() < 6
     assert not ended[:, -1].all() and len(set(ended.sum(1).tolist())) > 3
     steps, lengths = generate(Chain(table), torch.tensor([[5], [4]]), 60, **settings), (~ended).sum(1)
-    for row, (shown, mean) in enumerate(collect(steps, SimpleNamespace(eot=stop))):
+    for row, (shown, mean) in enumerate(sample.collect(steps, SimpleNamespace(eot=stop))):
         assert shown == ids[row, :lengths[row]].tolist()
         assert mean == pytest.approx(log_p[row].sum().item() / len(shown))
 
@@ -144,17 +140,17 @@ def test_samples_that_end_in_eot_come_first_then_the_likelier():
     a, b, c, d = (Infill("a", NOT_STOPPED, -0.1), Infill("b", STOPPED, -2.0), Infill("c", STOPPED, -1.0),
                   Infill("d" + SUFFIX, NOT_STOPPED, -0.05))
     samples = [([*i.text.encode()] + [BYTES.eot] * (i.ended == STOPPED), i.mean_log_p) for i in (a, b, c, d)]
-    assert best_first(samples, BYTES) == [c, b, d, a]
+    assert sample.best_first(samples, BYTES) == [c, b, d, a]
 
 
 @pytest.mark.parametrize("text, suffix, expected", [
     ("x + 1\n    return total\nmore", "    return total\n", 6), ("return total", "return total\n", 0),
     ("x + 1\n    return", "    return total\n", None), ("x abcdefg", "abcdefg", None),
-    ("x abc defgh", "abc defgh", 2), ("x", "", None),
+    ("x abc defgh", "abc defgh", 2), ("x", "", None), ("x abcdefgh", "abcdefgh\x0crest", None),
     ("v\n}\nreturn total", "\n}\nreturn total\nrest", 1), ("v\nreturn total", "}\nreturn total\nrest", None)])
 def test_where_the_suffix_begins_again(text, suffix, expected):
-    """Short lines such as a bracket say too little: at least 8 visible characters count."""
-    assert where_suffix_repeats(text, suffix) == expected
+    """A bracket says too little: at least 8 visible characters count. A form feed ends no line."""
+    assert sample.where_suffix_repeats(text, suffix) == expected
 
 
 @pytest.mark.parametrize("limit, text, ended", [
@@ -194,8 +190,6 @@ def test_typing_on_reuses_the_cache_and_gives_the_infill_without_a_cache(order, 
         assert one == Infill(expected.text, expected.ended, pytest.approx(expected.mean_log_p))
         prompt = infill_prompt(model, tok, *texts, 12)
         assert cache.reused == min(len(os.path.commonprefix([before, prompt])), len(prompt) - 1)
-        if order == "spm" and before and len(prompt) < 160 - 12:
-            assert cache.reused > len(tok.encode(suffix)) + 2  # also the prefix, but for its last token
         before = prompt
 
 
@@ -272,8 +266,8 @@ def test_only_text_is_drawn_and_what_the_terminal_lacks_is_replaced(flags, cli, 
     ("--prompt a\udc80", 2, "not UTF-8"), ("--prompt a --suffix b", 2, "expected one of --prompt"),
     ("--suffix -1\\n", 2, "--suffix: expected one argument: one that begins with - is written --flag=-value"),
     ("--prompt a --seed 99999999999999999999", 2, "--seed: 99999999999999999999: expected 0 to"),
-    ("--prompt a --n 2 --stream", 2, "--n 2: expected one"), ("--prompt a --temp 1", 2, "--temp"),
-    ("--prompt a --temperature nan", 2, "nan"), ("--prompt a --device abacus", 2, "--device abacus: not"),
+    ("--prompt a --n 2 --stream", 2, "--n 2: expected one"),
+    ("--prompt a --device abacus", 2, "--device abacus: not"),
     ("--prefix a --max-new-tokens 125", 2, "at most 124"), ("--prefix a --ckpt ntp", 2, "trained to infill"),
     ("--prefix a --order spm --ckpt fim_psm", 2, "trained with --objective fim_psm, expected fim or"),
     ("--instruct a", 2, "fim was trained with --objective fim, which never saw prompts"),
@@ -286,13 +280,12 @@ def test_a_mistake_is_one_line(arguments, code, message, cli):
 def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(runs, tmp_path, monkeypatch):
     whole, checkpoint = (runs / "fim/ckpt.pt").read_bytes(), load_checkpoint(runs / "fim")
     Bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("blown",))})
-    size, path = checkpoint["model_config"], tmp_path / "ckpt.pt"
-    foreign = [checkpoint | {"model": Bomb()}, pickle.dumps(Bomb()), [1, 2], {"model": {}}, b"hello\n"]
-    older = [{key: checkpoint[key] for key in checkpoint if key != "text"},
-             checkpoint | {"config": {"objective": "fim"}}]
-    other_weights = [checkpoint | {"model_config": size | more} for more in ({"n_embd": 64}, {"n_layer": 3})]
+    path, larger = tmp_path / "ckpt.pt", checkpoint["model_config"] | {"n_embd": 64}
     monkeypatch.chdir(tmp_path)
-    for content in [*(whole[:n] for n in (0, 100, len(whole) // 2, -1)), *foreign, *older, *other_weights]:
+    for content in (b"", b"hello\n", whole[:len(whole) // 2], whole[:-1], [1, 2], pickle.dumps(Bomb()),
+                    checkpoint | {"model": Bomb()}, checkpoint | {"model_config": larger},
+                    checkpoint | {"config": {"objective": "fim"}},  # of an older version
+                    {key: checkpoint[key] for key in checkpoint if key != "text"}):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(OSError, match=f"^{tmp_path}.*: (not a checkpoint|its weights do not fit).*$"):
             load_model(tmp_path)
@@ -302,6 +295,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(runs, tmp_path
 def test_the_newest_run_is_the_default(runs, tmp_path):
     for number, name in enumerate(("fim", "ntp", "fim", "sft")):
         os.utime(runs / name / "ckpt.pt", (2e9 + number, 2e9 + number))
-        assert newest_run(runs) == runs / name
+        assert sample.newest_run(runs) == runs / name
     with pytest.raises(OSError, match=f"^no checkpoint under {tmp_path}/.*$"):
-        newest_run(tmp_path)
+        sample.newest_run(tmp_path)
