@@ -52,11 +52,11 @@ MASKS = {"ntp": "ntp", "dropout": "ntp --dropout 0.1", "meap": "meap"}
 RATIOS, FIM_RATES = (0.05, 0.1, 0.2), (0.25, 0.5, 0.75, 0.9, 1.0)
 ARMS = {
     "markov-ntp": markov("ntp"), "markov-meap": markov("meap"),
-    **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}", seeds=14 if rate == 0.9 else 5)
+    **{f"markov-fim-{rate}": markov(f"fim --fim-rate {rate}", seeds=10 if rate == 0.9 else 5)
        for rate in FIM_RATES},
-    "markov-psm": markov("fim_psm --fim-rate 0.9", seeds=14),
-    "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9", seeds=14),
-    "markov-documents": markov("fim --fim-level document --fim-rate 0.9", seeds=14),
+    "markov-psm": markov("fim_psm --fim-rate 0.9", seeds=10),
+    "markov-spm": markov("fim_spm --spm-layout joint --fim-rate 0.9", seeds=10),
+    "markov-documents": markov("fim --fim-level document --fim-rate 0.9", seeds=10),
     "markov-tuned": tuned("--fim-rate 0.9"), "markov-tuned-slowly": tuned("--fim-rate 0.9 --lr 0.001"),
     "markov-tuned-0.25": tuned("--fim-rate 0.25"),
     **{f"stdlib-{name}": Arm(f"--objective {objective} {STDLIB}", 4)
@@ -64,7 +64,7 @@ ARMS = {
     **{f"programs-{span}": Arm(f"--objective fim --fim-rate 0.9 --span {span} {PROGRAMS}", 3)
        for span in ("char", "token", "line")},
     **{f"{corpus}-{name}": Arm(f"--objective {objective} --data {corpus} {LOOKUP} {size}", seeds, 0.1)
-       for corpus, seeds, size in (("records", 48, ""), ("haystack", 40, ""), ("chains", 8, "--n-layer 4"))
+       for corpus, seeds, size in (("records", 48, ""), ("haystack", 24, ""), ("chains", 8, "--n-layer 4"))
        for name, objective in MASKS.items()},
     **{f"records-{ratio}": Arm(f"--objective meap --mask-ratio {ratio} --data records {LOOKUP}", 48, 0.1)
        for ratio in RATIOS},
