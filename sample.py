@@ -213,8 +213,8 @@ class PromptCache(KVCache):
 
     def cut_back_to(self, ids):
         """Forgets what the cache does not share with the next prompt, a list of ids: sets ids, reused and
-        length. The prompt's last token is never reused."""
-        # generate needs the logits after the last token; where it failed, length tells what is computed.
+        length. The prompt's last token is never reused: generate needs the logits after it. Nor is what was
+        not computed: where generate failed, length is below len(self.ids)."""
         most = min(len(self.ids), self.length, len(ids) - 1)
         self.reused = 0
         while self.reused < most and self.ids[self.reused] == ids[self.reused]:

@@ -21,15 +21,22 @@ def test_attention_worked_by_hand():
     assert weights.flatten().tolist() == pytest.approx([1, 0, 1 / (1 + e), e / (1 + e)])
     assert output.flatten().tolist() == pytest.approx([10, (10 + 20 * e) / (1 + e)])
     assert torch.equal(causal_attention(q, k, v, dropout=0.999)[1], weights)
+    assert causal_attention(1e4 * q, k, v)[1].flatten().tolist() == [1, 0, 0, 1], "exp(5000) overflows"
+    # Where all values are 1, an output is the sum of its weights: 1 in the mean, with dropout, too.
+    sums, _ = causal_attention(*torch.randn(2, 1, 2, 99, 8), torch.ones(1, 2, 99, 8), dropout=0.5)
+    assert (sums - sums[..., :1]).abs().max() < 1e-5 and abs(sums.mean() - 1) < 0.1 and sums.std() > 0.05
 
 
 @pytest.mark.parametrize("S, rows", [(3, ["0--", "00-", "000"]), (5, ["000--", "0000-", "00000"])],
                          ids=["no_cache", "cache"])
 def test_the_mask_worked_by_hand(S, rows):
     """Three queries: 0 where a query attends, - for minus infinity. A cache puts positions before them."""
-    mask = causal_mask(3, S, torch.zeros(1, dtype=torch.float64))
     expected = [[{"0": 0.0, "-": -math.inf}[sign] for sign in row] for row in rows]
-    assert mask.tolist() == expected and mask.dtype == torch.float64
+    for dtype in (torch.float64, torch.float32):
+        mask = causal_mask(3, S, torch.zeros(1, dtype=dtype))
+        assert mask.tolist() == expected
+        assert mask.dtype == dtype
+    assert causal_mask(3, S, torch.zeros(1, device="meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize("T, S", [(7, 7), (3, 7), (1, 7)])
@@ -93,13 +100,14 @@ def test_the_model_computes_gpt2s_published_formulas(attention, position, qk_nor
 
 
 def test_rope_scores_depend_on_the_distance_alone():
-    rotations = rope_rotations(50, 16)
-    q, k = (rotate(torch.randn(1, 1, 1, 16).expand(1, 1, 50, 16), rotations)[0, 0] for _ in "qk")
+    rotations = rope_rotations(50, 16)[:, :, None]                              # (2, T, 1, D)
+    q, k = (rotate(torch.randn(16).expand(1, 50, 1, 16), rotations)[0, :, 0] for _ in "qk")
     scores = q @ k.T
     torch.testing.assert_close(scores[:-7, :-7], scores[7:, 7:], rtol=1e-4, atol=1e-4)
     assert scores[0].std() > 0.1
-    x = torch.randn(2, 3, 50, 16)
-    torch.testing.assert_close(rotate(x, rotations), turned(x), rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, 50, 3, 16)                                               # (B, T, heads, D)
+    expected = turned(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(rotate(x, rotations), expected, rtol=1e-5, atol=1e-5)
 
 
 @ATTENTIONS

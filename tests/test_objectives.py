@@ -180,12 +180,15 @@ def test_each_row_of_a_short_document_has_its_probability(corpora, name, documen
     assert_drawn(drawn, rows_by_hand(document, len(window) - len(before), tok, *knobs))
 
 
-def test_each_document_has_its_own_coin(tok):
-    """Of five documents, here empty, a binomial number becomes examples, not 0 or 5."""
+@pytest.mark.parametrize("knobs, example, p", [
+    ({"fim_rate": 0.3}, "<PRE><SUF><MID><EOT>", 0.3),
+    ({"fim_rate": 1, "spm_layout": "labelled"}, "<SUF><PRE><MID><EOT>", 0.5)], ids=["fim_rate", "spm_rate"])
+def test_each_document_has_its_own_coin(tok, knobs, example, p):
+    """Of five documents, here empty, a binomial number becomes such examples, not 0 or 5."""
     window, names = np.array([tok.eot] * 5 + [7] * 40), tok.names | {7: "x"}
-    rows = ("".join(names[i] for i in row_of(fim, window, tok, seed, fim_rate=0.3)) for seed in range(2000))
-    counts = Counter(row.count("<PRE><SUF><MID><EOT>") for row in rows)
-    assert_drawn(counts, {k: comb(5, k) * 0.3**k * 0.7**(5 - k) for k in range(6)})
+    rows = ("".join(names[i] for i in row_of(fim, window, tok, seed, **knobs)) for seed in range(2000))
+    counts = Counter(row.count(example) for row in rows)
+    assert_drawn(counts, {k: comb(5, k) * p**k * (1 - p)**(5 - k) for k in range(6)})
 
 
 def read_row(row, window, tok, span, spm_rate, spm_layout, max_document_tokens, fim_rate):

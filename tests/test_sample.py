@@ -137,7 +137,7 @@ def test_no_character_is_cut(most, expected):
 
 def test_samples_that_end_in_eot_come_first_then_the_likelier():
     """EOT-aware best of n (FIM, appendix H.3). Ranking leaves the texts as they were sampled."""
-    a, b, c, d = (Infill("a", NOT_STOPPED, -0.1), Infill("b", STOPPED, -2.0), Infill("c", STOPPED, -1.0),
+    a, b, c, d = (Infill("a", NOT_STOPPED, -0.1), Infill("b" * 9, STOPPED, -20.0), Infill("c", STOPPED, -1.0),
                   Infill("d" + SUFFIX, NOT_STOPPED, -0.05))
     samples = [([*i.text.encode()] + [BYTES.eot] * (i.ended == STOPPED), i.mean_log_p) for i in (a, b, c, d)]
     assert sample.best_first(samples, BYTES) == [c, b, d, a]
@@ -172,9 +172,10 @@ def test_a_long_prompt_keeps_the_text_around_the_hole(n_prefix, n_suffix, last, 
     texts = prefix[:n_prefix].decode(), suffix[:n_suffix].decode()
     prompt = infill_prompt(small_model(BYTES.n_vocab, 64), BYTES, *texts, 16, PSM, warnings.append)
     assert prompt == PSM(prefix[n_prefix - last:n_prefix], suffix[:first])
-    expected = (f"the context of 64 tokens holds the last {last} of {n_prefix} tokens of the prefix "
-                f"and the first {first} of {n_suffix} of the suffix")
-    assert warnings == [expected] * (n_prefix + n_suffix > 45)
+    expected = (f"the last {last} of {n_prefix} tokens of the prefix and the first {first} of {n_suffix} of "
+                "the suffix")
+    assert [warning[warning.index("the last"):] for warning in warnings] == [expected] * (
+        n_prefix + n_suffix > 45)
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
