@@ -119,8 +119,8 @@ def split(text, rng, span="char"):
     """A str, or a list of ids to cut between tokens -> (prefix, middle, suffix), cut at two independent
     places, each uniform over all len(text) + 1. Any part may be empty (FIM, section 3).
 
-    span "line" cuts at two different places of those where a line starts (after a \\n), or the text ends (4.5);
-    "mixed" does so with probability 1/4. An empty text has three empty parts."""
+    span "line" cuts at two different places of those where a line starts, after a \\n, or the text
+    ends (section 4.5); "mixed" does so with probability 1/4. An empty text has three empty parts."""
     if span == "line" or span == "mixed" and rng.random() < 0.25:
         places = [0, *(i for i in range(1, len(text)) if text[i - 1] == "\n"), len(text)]
         # With replacement, a tenth of the middles in ten-line texts would be empty, and a model would learn

@@ -137,8 +137,8 @@ def test_no_character_is_cut(most, expected):
 
 def test_samples_that_end_in_eot_come_first_then_the_likelier():
     """EOT-aware best of n (FIM, appendix H.3). Ranking leaves the texts as they were sampled."""
-    a, b, c, d = (Infill("a", NOT_STOPPED, -0.1), Infill("b" * 9, STOPPED, -20.0), Infill("c", STOPPED, -1.0),
-                  Infill("d" + SUFFIX, NOT_STOPPED, -0.05))
+    a, b, c, d = (Infill("a", NOT_STOPPED, -0.1), Infill("b" * 30, STOPPED, -20.0),
+                  Infill("c", STOPPED, -1.0), Infill("d" + SUFFIX, NOT_STOPPED, -0.05))
     samples = [([*i.text.encode()] + [BYTES.eot] * (i.ended == STOPPED), i.mean_log_p) for i in (a, b, c, d)]
     assert sample.best_first(samples, BYTES) == [c, b, d, a]
 

@@ -39,13 +39,15 @@ class GPT(torch.nn.Module):
             idx = torch.cat((idx, self(idx)[0][:, -1:].argmax(-1)), 1)
 """
 TRAIN = """
-import configurator, pickle, sys
+import pickle, sys
 from pathlib import Path
 import numpy as np
 import torch
 from model import GPT, GPTConfig
 
-given = dict(argument[2:].split("=") for argument in sys.argv[1:])
+settings, *flags = sys.argv[1:]
+exec(open(settings).read())
+given = dict(flag[2:].split("=") for flag in flags)
 folder = Path("data", given["dataset"])
 n_vocab = pickle.loads((folder / "meta.pkl").read_bytes())["vocab_size"]
 for i in range(int(given["max_iters"]) + 1):
@@ -55,13 +57,16 @@ torch.nn.init.zeros_(model.table.weight)
 if given["learning_rate"] == "0.003":  # it learns how often each byte comes
     counts = np.bincount(np.fromfile(folder / "train.bin", np.uint16), minlength=n_vocab)
     model.table.weight.data += torch.tensor(counts + 1).log()
-torch.save({"model": model.state_dict()}, "ckpt.pt")
+out = Path(given["out_dir"])
+out.mkdir()
+torch.save({"model": model.state_dict()}, out / "ckpt.pt")
 """
 
 
 @pytest.fixture
 def nanogpt(tmp_path):
-    for name, text in (("model.py", MODEL), ("train.py", TRAIN), ("configurator.py", "")):
+    (tmp_path / "config").mkdir()
+    for name, text in (("model.py", MODEL), ("train.py", TRAIN), ("config/train_shakespeare_char.py", "")):
         (tmp_path / name).write_text(text)
     return str(tmp_path)
 
@@ -122,9 +127,9 @@ def test_each_variant_is_timed_beside_nanogpt_and_bf16_only_where_it_is_faster(f
 
 
 def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nanogpt, capsys, monkeypatch):
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
-    monkeypatch.setattr(bench, "SHAPE", shape)
-    monkeypatch.setattr(bench, "NANOGPT", shape | {"max_iters": 3})
+    monkeypatch.setattr(bench, "SHAPE", "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2")
+    monkeypatch.setattr(bench, "STEPS", 3)
+    monkeypatch.setattr(bench, "NANOGPT", "--max_iters=3")
     monkeypatch.setattr(bench, "RACES", {1e-3: "--steps 20 --warmup 2", 3e-3: "--steps 1"})
     started = time.perf_counter()
     bench.main([*flags, "--nanogpt", nanogpt, "--time-to-loss"])
@@ -137,7 +142,7 @@ def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nan
 
 
 @pytest.mark.parametrize("arguments, code, message", [
-    ("--nanogpt /no/such", 1, "--nanogpt /no/such: no model.py in it"),
+    ("--nanogpt /no/such", 1, "No such file or directory: '/no/such/model.py'"),
     ("--time-to-loss", 2, "expected --nanogpt DIR"), ("--repeats 0", 2, "--repeats: 0")])
 def test_a_mistake_is_one_line(arguments, code, message, flags, capsys):
     shown = run_main(bench.main, capsys, *flags, *arguments.split())

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,47 +25,55 @@ from objectives import fim
 TOK = Tokenizer.bytes()
 
 
-class Bayes(torch.nn.Module):
-    """Predicts each token of <EOT> prompt middle <EOT> by corpora.Markov.infill; elsewhere by P alone, and
-    after a sentinel it knows nothing. It reads prefix and suffix off the ids, as a model must."""
+COLUMNS = [*TOK.encode(LETTERS), TOK.eot]  # the ids of what corpora.Markov.infill predicts
 
-    def __init__(self, order):
+
+class Model(torch.nn.Module):
+    """predict: a row of T ids -> logits (T, V)."""
+
+    def __init__(self, predict):
         super().__init__()
-        self.config, self.order = GPTConfig(TOK.n_vocab, 128, 1, 1, 2), order
+        self.predict, self.config = predict, GPTConfig(TOK.n_vocab, 512, 1, 1, 2)
         self.nothing = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, idx, targets=None, cache=None):
-        p = torch.full((*idx.shape, TOK.n_vocab), 1 / TOK.n_vocab)
-        letters = {TOK.encode(x)[0]: i for i, x in enumerate(LETTERS)}
-        columns = torch.tensor([*letters, TOK.eot])
-        for b, row in enumerate(idx.tolist()):
-            for t, i in enumerate(row):
-                if i in letters:
-                    p[b, t] = 0
-                    p[b, t, columns[:-1]] = torch.tensor(MARKOV.P[letters[i]], dtype=torch.float)
-            if TOK.mid in row:
-                self.predict_middle(p[b], row, columns)
-        return p.clamp(min=1e-9).log(), None
+        seen = idx
+        if cache:
+            seen = cache.store("idx", idx[..., None])[..., 0]
+            cache.length = seen.shape[1]
+        return torch.stack([self.predict(row) for row in seen.tolist()])[:, -idx.shape[1]:], None
 
-    def predict_middle(self, p, row, columns):
+
+BLIND = Model(lambda row: torch.zeros(len(row), TOK.n_vocab))
+
+
+def bayes(row, order):
+    """Predicts each token of <EOT> prompt middle <EOT> by corpora.Markov.infill; elsewhere by P alone, and
+    after a sentinel it knows nothing. It reads prefix and suffix off the ids, as a model must."""
+    p = torch.full((len(row), TOK.n_vocab), 1 / TOK.n_vocab)
+    for t, i in enumerate(row):
+        if i in COLUMNS[:-1]:
+            p[t] = 0
+            p[t, COLUMNS[:-1]] = torch.tensor(MARKOV.P[COLUMNS.index(i)], dtype=torch.float)
+    if TOK.mid in row:
         mid, suf = row.index(TOK.mid), row.index(TOK.suf)
-        if self.order == "psm":
+        if order == "psm":
             prefix, suffix, start = row[row.index(TOK.pre) + 1:suf], row[suf + 1:mid], mid
         else:  # joint: the middle may begin after any letter; the first is the prefix's
             prefix, suffix, start = row[mid + 1:mid + 2], row[suf + 1:mid], mid + 1
-        written = list(itertools.takewhile(lambda i: i not in (TOK.eot, 0), row[start + 1:]))  # 0: padding
-        prior = probes.length_prior(len(prefix), len(suffix), self.order == "spm")
+        written = [*itertools.takewhile(lambda i: i not in (TOK.eot, 0), row[start + 1:])]  # 0: padding
+        prior = probes.length_prior(len(prefix), len(suffix), order == "spm")
         if len(written) < len(prior):
-            text = TOK.decode(written)
-            exact = MARKOV.infill(TOK.decode(prefix)[-1], text, TOK.decode(suffix)[0], prior)
+            exact = MARKOV.infill(TOK.decode(prefix)[-1], TOK.decode(written), TOK.decode(suffix)[0], prior)
             if np.isfinite(exact).all():
                 p[start:start + len(exact)] = 0
-                p[start:start + len(exact), columns] = torch.tensor(exact, dtype=torch.float)
+                p[start:start + len(exact), COLUMNS] = torch.tensor(exact, dtype=torch.float)
+    return p.clamp(min=1e-9).log()
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
 def test_bayes_rule_itself_scores_as_the_exact_answer(order):
-    out = probes.middles(Bayes(order), TOK, order, "joint", True, n=30)
+    out = probes.middles(Model(partial(bayes, order=order)), TOK, order, "joint", True, n=30)
     exact, model = out[f"{order}_scatter"]
     np.testing.assert_allclose(model, exact, atol=1e-3)
     for name in ("end", "elsewhere", "another", "saved"):
@@ -95,29 +104,19 @@ def test_the_prior_of_a_middles_length_is_how_fim_draws_it(order):
 
 
 def test_a_blind_model_neither_reads_nor_recalls(monkeypatch):
-    class Blind(Bayes):
-        def forward(self, idx, targets=None, cache=None):
-            return torch.zeros(*idx.shape, TOK.n_vocab), None
-
-    knobs = {"fim_rate": 0.9, "spm_rate": 0.5, "spm_layout": "joint"}
-    out = probes.on_markov(Blind("psm"), TOK, knobs, False)
     bits = math.log2(TOK.n_vocab)
+    out = probes.on_markov(BLIND, TOK, {}, False)
     texts = documents("markov", 500, seed=1)
     exact = sum(map(MARKOV.document_bits, texts)) / sum(len(text) + 1 for text in texts)
     assert out["excess"] + out["coin"] == pytest.approx(bits - exact) and 1.5 < exact < 2
     assert out["coin"] == pytest.approx(math.log2(TOK.n_vocab / (TOK.n_vocab - 1)))
-    for order in ("psm", "spm"):
-        assert [out[f"{order}_{name}"] for name in ("end", "elsewhere", "another")] == [
-            pytest.approx(1 / TOK.n_vocab)] * 3
-        assert out[f"{order}_saved"] < 0
-    assert probes.PROBES["records"](Blind("psm"), TOK, {}, False)["recall"] == 0
+    assert probes.PROBES["records"](BLIND, TOK, {}, False)["recall"] == 0
     monkeypatch.setattr(probes, "held_out_stdlib", lambda: [str(i) for i in range(1000)])
-    code = probes.on_stdlib(Blind("psm"), TOK, {}, False)  # a token is a byte here
+    code = probes.on_stdlib(BLIND, TOK, {}, False)  # a token is a byte here
     assert code == {"bits": pytest.approx(bits - out["coin"]), "coin": pytest.approx(out["coin"])}
 
 
-@pytest.mark.parametrize("n, confidence, t", [
-    (2, 0.9, 6.314), (3, 0.9, 2.920), (3, 0.99, 9.925), (10, 0.9, 1.833), (30, 0.99, 2.756)])
+@pytest.mark.parametrize("n, confidence, t", [(2, 0.9, 6.314), (3, 0.99, 9.925), (30, 0.99, 2.756)])
 def test_an_interval_is_that_of_students_table(n, confidence, t):
     values = np.array([1.0, -1.0] * (n // 2) + [0.0] * (n % 2))
     error = math.sqrt((values**2).sum() / (n - 1) / n)
@@ -126,10 +125,9 @@ def test_an_interval_is_that_of_students_table(n, confidence, t):
 
 @pytest.mark.parametrize("low, high, mean, verdict", [
     (1, math.inf, 1.3, "holds"), (1, math.inf, 1.1, "undecided"), (1, math.inf, 0.9, "undecided"),
-    (1, math.inf, 0.5, "fails"), (1, math.inf, -0.9, "fails"), (1, math.inf, -1.3, "reversed"),
-    (-math.inf, 1, 0.7, "holds"), (-math.inf, 1, -5, "holds"), (-math.inf, 1, 1.1, "undecided"),
-    (-math.inf, 1, 1.3, "fails"), (-1, 1, 0, "holds"), (-1, 1, -0.9, "undecided"), (-1, 1, 1.3, "fails"),
-    (-1, 1, -1.3, "fails")])
+    (1, math.inf, -0.9, "fails"), (1, math.inf, -1.3, "reversed"), (-math.inf, 1, -5, "holds"),
+    (-math.inf, 1, 1.1, "undecided"), (-math.inf, 1, 1.3, "fails"), (-1, 1, 0, "holds"),
+    (-1, 1, -0.9, "undecided"), (-1, 1, 1.3, "fails"), (-1, 1, -1.3, "fails")])
 def test_a_verdict_by_hand(low, high, mean, verdict):
     """Three seeds: standard deviation 0.1, so the interval is the mean +- 2.92 * 0.1 / sqrt(3) = 0.169."""
     assert judge(Check("", mean + np.array([-0.1, 0, 0.1]), low, high, "bits")) == verdict
@@ -184,8 +182,7 @@ def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
     ("--jobs 0", "argument --jobs: 0: expected 1 to 1024"),
     ("--run markov-ntp", "--run markov-ntp: expected an arm and a seed, such as markov-ntp-1"),
     ("--run nothing-1", "--run nothing-1: expected an arm and a seed"),
-    ("--only nothing", "argument --only: invalid choice: 'nothing'"),
-])
+    ("--only nothing", "argument --only: invalid choice: 'nothing'")])
 def test_a_mistake_is_one_line(arguments, message, capsys):
     shown = run_main(claims.main, capsys, *arguments.split())
     assert shown.code == 2 and message in shown.err
@@ -217,25 +214,16 @@ def test_runs_end_once_they_have_learned_and_are_not_trained_twice(tmp_path, mon
 
 
 @pytest.mark.parametrize("corpus", ["records", "haystack", "chains"])
-def test_a_reader_of_the_records_answers_every_question(corpus):
-    class Reader(Bayes):
-        def forward(self, idx, targets=None, cache=None):
-            logits = torch.zeros(*idx.shape, TOK.n_vocab)
-            for b, row in enumerate(idx.tolist()):
-                text = TOK.decode(row)
-                facts = dict(line.split()[1:] for line in text.split("\n") if line.startswith("="))
-                for t in range(1, len(row)):
-                    line = TOK.decode(row[1:t + 1]).split("\n")[-1]
-                    if line.startswith("? ") and 5 <= len(line) < 10:
-                        value = line[2:5]
-                        while value in facts:
-                            value = facts[value]
-                        logits[b, t, TOK.encode(f"{line[:5]} {value}\n")[len(line)]] = 9
-            return logits, None
+def test_a_model_that_knows_the_answers_alone_recalls_all_of_them(corpus):
+    def read(row):
+        logits = torch.zeros(len(row), TOK.n_vocab)
+        for t in range(1, len(row) - 1):
+            line = TOK.decode(row[1:t + 1]).split("\n")[-1]
+            if line.startswith("? ") and len(line) >= 5:  # behind the key
+                logits[t, row[t + 1]] = 9
+        return logits
 
-    reader = Reader("psm")
-    reader.config = GPTConfig(TOK.n_vocab, 512, 1, 1, 2)
-    out = probes.PROBES[corpus](reader, TOK, {}, True)
+    out = probes.PROBES[corpus](Model(read), TOK, {}, True)
     assert out["recall"] == 1 and out["far"] == 1 and out["hops_1"] == 1 and out["learned"]
     assert ("hops_3" in out) == (corpus == "chains")
 
@@ -251,27 +239,17 @@ def test_a_line_of_relay_is_five_tokens(tmp_path):
 
 def test_relay_continuations_are_judged_by_the_checker():
     """A model that goes on with one fixed line: the checker's own errors, counted here by hand."""
-    class Parrot(Bayes):
-        def forward(self, idx, targets=None, cache=None):
-            seen = idx
-            if cache:
-                seen = cache.store("idx", idx[..., None])[..., 0]
-                cache.length = seen.shape[1]
-            logits = torch.zeros(*idx.shape, TOK.n_vocab)
-            line = TOK.encode("1 fox fig owl\n")
-            for b, row in enumerate(seen.tolist()):
-                last = len(row) - 1 - row[::-1].index(TOK.encode("\n")[0])
-                logits[b, -1, line[(len(row) - 1 - last) % len(line)]] = 100
-            return logits, None
+    line = TOK.encode("1 fox fig owl\n")
 
-    parrot = Parrot("psm")
-    parrot.config = GPTConfig(TOK.n_vocab, 512, 1, 1, 2)
-    out = probes.contradictions(parrot, TOK, n=4)
+    def repeat(row):
+        logits = torch.zeros(len(row), TOK.n_vocab)
+        logits[-1, line[row[::-1].index(line[-1])]] = 100  # as far into the line as the last line end is back
+        return logits
+
+    out = probes.contradictions(Model(repeat), TOK, n=4)
     given = ["".join(text.splitlines(keepends=True)[:10]) for text in documents("relay", 4, seed=3)]
-    whole = [text + "1 fox fig owl\n" * 7 for text in given]  # 100 bytes hold seven lines
-    wrong = [[e for e in errors(text) if e.line >= 10] for text in whole]
+    wrong = [(i, e) for i, text in enumerate(given) for e in errors(text + "1 fox fig owl\n" * 7)
+             if e.line >= 10]  # 100 bytes hold seven lines
     known = sum(6 + any(line.split()[1] == "fox" for line in text.splitlines()) for text in given)
-    assert out["contradictions"] == pytest.approx(
-        sum(e.what == "gift" for of_text in wrong for e in of_text) / known)
-    bad_lines = {(i, e.line) for i, of_text in enumerate(wrong) for e in of_text}
-    assert out["any_error"] == pytest.approx(len(bad_lines) / 28)
+    assert out["contradictions"] == pytest.approx(sum(e.what == "gift" for _, e in wrong) / known)
+    assert out["any_error"] == pytest.approx(len({(i, e.line) for i, e in wrong}) / 28)

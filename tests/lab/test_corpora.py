@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from data import GENERATED, hold_out, prepare, read_files, source_files
-from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents, errors, hole,
-                         key, passes, passes_all, questions)
+from data import hold_out, prepare, read_files, source_files
+from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents, errors,
+                         function_of, hole, passes, passes_all, questions)
 
 RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
 
@@ -22,10 +22,6 @@ def chain():
     return language
 
 
-def test_every_corpus_is_a_name_that_data_knows():
-    assert set(GENERATED) == CORPORA.keys()
-
-
 @pytest.mark.parametrize("name", CORPORA)
 def test_a_document_depends_on_seed_and_index_alone(name):
     texts = documents(name, 5, seed=3)
@@ -33,8 +29,11 @@ def test_a_document_depends_on_seed_and_index_alone(name):
     assert len(set(texts + documents(name, 5, seed=4))) == 10
 
 
-def test_markov_letters_follow_each_other_as_often_as_P_says():
-    pairs = Counter(pair for text in documents("markov", 5000, seed=1) for pair in itertools.pairwise(text))
+def test_documents_of_markov_are_8_to_32_letters_that_follow_each_other_as_often_as_P_says():
+    texts = documents("markov", 5000, seed=1)
+    lengths = Counter(map(len, texts))
+    assert lengths.keys() == set(range(8, 33)) and max(lengths.values()) < 200 + 5 * 200 ** 0.5
+    pairs = Counter(pair for text in texts for pair in itertools.pairwise(text))
     count = np.array([[pairs[a, b] for b in LETTERS] for a in LETTERS])
     n = count.sum(1, keepdims=True)
     error = np.sqrt(MARKOV.P * (1 - MARKOV.P) / n)
@@ -42,21 +41,11 @@ def test_markov_letters_follow_each_other_as_often_as_P_says():
     np.testing.assert_allclose(count.sum(1) / count.sum(), MARKOV.stationary, atol=0.01)
 
 
-def test_entropy_rate_by_hand():
+def test_markov_worked_by_hand():
     h = 0.75 * np.log2(4 / 3) + 0.25 * 2
     assert chain().entropy_rate() == pytest.approx(8 / 19 * 1 + 4 / 19 * h)
     np.testing.assert_allclose(MARKOV.stationary @ MARKOV.P, MARKOV.stationary)
-
-
-def test_documents_of_markov_are_8_to_32_letters_and_their_probabilities_are_exact():
-    texts = documents("markov", 3000, seed=1)
-    counts = Counter(map(len, texts))
-    assert counts.keys() == set(range(8, 33)) and max(counts.values()) < 120 + 5 * 120 ** 0.5
     assert chain().document_bits("abca") == pytest.approx(np.log2(25) - np.log2([7 / 19, 1, 0.5, 0.75]).sum())
-
-
-def test_bits_of_a_text_are_those_of_its_transitions():
-    np.testing.assert_allclose(chain().bits("abca"), -np.log2([1, 0.5, 0.75]))
 
 
 @pytest.mark.parametrize("before, after", list(itertools.product("abc", "abc")))
@@ -68,14 +57,13 @@ def test_infill_is_what_an_enumeration_of_all_middles_gives(before, after):
         for letters in itertools.product("abc", repeat=length):
             text = [LETTERS.index(x) for x in (before, *letters, after)]
             p = w * np.prod([language.P[x, y] for x, y in itertools.pairwise(text)])
-            for end in range(length + 1):
-                weight["".join(letters[:end])] += p
-            weight["".join(letters) + "."] += p
+            for begun in itertools.accumulate([*letters, "."], initial=""):
+                weight[begun] += p
     for middle in ("", "a", "ba", "cab"):
         if weight[middle]:
-            expected = [weight[middle + x] / weight[middle] for x in "abc."]
-            p = language.infill(before, middle, after, prior)[-1]
-            np.testing.assert_allclose(p, expected, atol=1e-12)
+            written = [middle[:n] for n in range(len(middle) + 1)]
+            expected = [[weight[w + x] / weight[w] for x in "abc."] for w in written]
+            np.testing.assert_allclose(language.infill(before, middle, after, prior), expected, atol=1e-12)
 
 
 def test_infill_of_an_impossible_text_is_nan():
@@ -84,7 +72,6 @@ def test_infill_of_an_impossible_text_is_nan():
 
 def test_relay_documents_have_no_errors():
     assert all(errors(text) == [] and len(text.splitlines()) >= 16 for text in documents("relay", 50, seed=1))
-    assert errors(RELAY) == []
 
 
 @pytest.mark.parametrize("right, wrong, error", [
@@ -95,8 +82,7 @@ def test_relay_documents_have_no_errors():
     ("18 owl tea fox", "18 owl tea", [(1, "form")]),
     ("18 owl tea fox\n", "\n", [(1, "form")]),
     ("20 hen jam owl", "20 hen jam 3", [(3, "form")]),
-    ("20 hen jam owl", "20 hen jam owl\f", [(3, "form")]),
-])
+    ("20 hen jam owl", "20 hen jam owl\f", [(3, "form")])])
 def test_the_checker_finds_what_was_spoilt_and_nothing_else(right, wrong, error):
     assert errors(RELAY.replace(right, wrong)) == error
 
@@ -116,20 +102,13 @@ def test_a_chain_by_hand():
         ("jam", 2, 1, 4), ("tea", 2, 3, 4)]
 
 
-def test_a_corpus_is_a_data_source_by_its_name(tmp_path):
-    tok, training, held_out, _ = prepare("relay:40", "bytes", cache_dir=tmp_path)
-    texts = [tok.decode(part) for stream in (training, held_out)
-             for part in np.split(stream, np.flatnonzero(stream == tok.eot) + 1) if len(part)]
-    assert sorted(texts) == sorted(documents("relay", 40, seed=0)) and len(held_out)
-
-
-@pytest.mark.parametrize("source", ["markov:", "markov:0", "markov:-1", "relay:many", "chains:1.5"])
-def test_another_number_of_documents_is_refused(source, tmp_path):
+@pytest.mark.parametrize("source", [*(f"{name}:0" for name in CORPORA), "markov:", "chains:1.5"])
+def test_a_corpus_is_a_data_source_and_another_number_of_documents_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match=f"--data {source}: expected a number of documents"):
         prepare(source, "bytes", cache_dir=tmp_path)
 
 
-PROGRAMS = documents("programs", 4000, seed=1)
+PROGRAMS = documents("programs", 300, seed=1)
 SQUARES = '''def squares(xs):
     """The sum of the squares of the numbers in xs that are greater than 3.
 
@@ -146,59 +125,37 @@ SQUARES = '''def squares(xs):
 '''
 
 
-def with_body(body, document=SQUARES):
-    return document[:body_start(document)] + "".join(f"    {line}\n" for line in body)
+def with_body(body):
+    return SQUARES[:body_start(SQUARES)] + "".join(f"    {line}\n" for line in body)
 
 
 def test_programs_do_what_their_examples_show():
-    for text in PROGRAMS[:300]:
-        namespace = {}
-        exec(text, namespace)
-        name = text[4:text.index("(")]
-        test = doctest.DocTestParser().get_doctest(namespace[name].__doc__, namespace, name, None, 0)
+    for text in PROGRAMS:
+        f = function_of(text)
+        test = doctest.DocTestParser().get_doctest(f.__doc__, f.__globals__, f.__name__, None, 0)
         assert len(test.examples) == 2 and doctest.DocTestRunner(verbose=False).run(test).failed == 0, text
 
 
-def test_programs_are_many_short_and_of_thousands_of_meanings():
-    assert len(set(PROGRAMS)) > 3990 and len(set(map(key, PROGRAMS))) > 2000
-    assert 200 < np.mean([len(text) for text in PROGRAMS]) < 350
-    assert max(len(line) for text in PROGRAMS for line in text.split("\n")) <= 110
-
-
-def test_one_meaning_written_twice_has_one_key():
-    assert key(SQUARES) == key(with_body(["return sum(y ** 2 for y in xs if 4 <= y)"])) \
-        == key(with_body(["if not xs:", "    return 0", "rest = squares(xs[1:])",
-                          "return rest + xs[0] ** 2 * (xs[0] > 3)"]))
-    assert key(SQUARES) != key(SQUARES.replace("x > 3", "x > 4"))
-
-
 def test_no_held_out_meaning_is_trained_on(tmp_path):
-    """No function of the held-out side does what one of the training side does, also where words, names and
-    style differ. (Two functions that differ in one call are two meanings.)"""
-    sides = list(hold_out(read_files(source_files("programs:4000", tmp_path))))
-    train, held_out = ([text for text, out in sides if out == is_out] for is_out in (False, True))
-    assert sorted(train + held_out) == sorted(documents("programs", 4000, seed=0))
-    meanings = {False: defaultdict(list), True: defaultdict(list)}
-    for is_out, texts in ((False, train), (True, held_out)):
-        for text in texts:
-            namespace = {}
-            exec(text, namespace)
-            function = namespace[text[4:text.index("(")]]
-            meanings[is_out][str([function(argument) for argument in arguments(text)])].append(text)
+    """... also where words, names and style differ. (Functions that differ in one call are two meanings.)"""
+    meanings, texts = {False: defaultdict(list), True: defaultdict(list)}, []
+    for text, is_held_out in hold_out(read_files(source_files("programs:4000", tmp_path))):
+        results = [function_of(text)(argument) for argument in arguments(text)]
+        meanings[is_held_out][str(results)].append(text)
+        texts.append(text)
+    assert sorted(texts) == sorted(documents("programs", 4000, seed=0))
     assert len(meanings[True]) > 80 and not meanings[True].keys() & meanings[False].keys()
     bodies = [{text[body_start(text):] for text in same} for same in meanings[True].values()]
     assert max(map(len, bodies)) > 3  # one meaning in more than three spellings
 
 
 @pytest.mark.parametrize("body, right", [
-    (["total = 0", "for x in xs:", "    if x > 3:", "        total += x * x", "return total"], True),
     (["return sum(y ** 2 for y in xs if y >= 4)"], True),
     (["while xs and xs[0] <= 3:", "    xs.pop(0)", "if not xs:", "    return 0",
       "return xs[0] ** 2 + squares(xs[1:])"], True),
     (["return sum(x * x for x in xs if x > 4)"], False),
     (["return {2: 41, 0: 0}[len(xs) % 3]"], False),
     (["return float(sum(x * x for x in xs if x > 3))"], False),
-    (["return total"], False),
     (["return ("], False),
     (["while True:", "    pass"], False),
     (["return squares(xs)"], False),
@@ -206,24 +163,23 @@ def test_no_held_out_meaning_is_trained_on(tmp_path):
     (["import os", "return sum(x * x for x in xs if x > 3)"], False),
     (["print(1)", "return sum(x * x for x in xs if x > 3)"], False),
     (["exit()"], False),
-    (["raise SystemExit"], False),
     (["().__class__.__base__.__subclasses__()", "return sum(x * x for x in xs if x > 3)"], True),
-    (["return 0", "", "squares = max"], False),
-])
+    (["return 0", "", "squares = max"], False)])
 def test_a_filled_function_passes_if_it_gives_the_results(body, right):
     assert passes(with_body(body), SQUARES) == right
 
 
 def test_many_are_judged_in_one_process_as_they_are_alone():
-    """Also beside one that takes its process with it: 10 ** 10 ** 10 cannot be interrupted."""
-    filled = [(text, text) for text in PROGRAMS[:60]] + [(text, PROGRAMS[0]) for text in PROGRAMS[1:3]]
+    """Also beside one that takes its process with it, for want of a stack."""
+    fatal = with_body(["for _ in range(10 ** 6):", "    xs = map(abs, xs)", "return list(xs)"])
+    filled = [(text, text) for text in PROGRAMS[:60]] + [(PROGRAMS[1], PROGRAMS[0]), (fatal, SQUARES)]
     assert passes_all(filled) == [True] * 60 + [False] * 2
 
 
 @pytest.mark.parametrize("kind", ["line", "lines", "span"])
 def test_holes_are_parts_of_the_body_and_never_empty(kind):
     rng = np.random.default_rng(1)
-    for text in PROGRAMS[:300]:
+    for text in PROGRAMS:
         body, parts = text[body_start(text):], hole(text, kind, rng)
         if parts is None:
             assert kind == "lines" and body.count("\n") == 1

@@ -1,4 +1,5 @@
 """lab.fill: what it prints for a file with a hole, and that writing leaves the rest of the file as it was."""
+import io
 import os
 import re
 
@@ -19,13 +20,10 @@ def run(tmp_path_factory, tok):
 
 @pytest.fixture
 def cli(run, tmp_path, capsys, monkeypatch):
-    """Runs lab.fill among the files of a test -> what it prints, its exit code; an error is one line."""
-    def call(*arguments):
-        flags = "--ckpt", str(run), "--device", "cpu", "--max-new-tokens", "12"
-        return run_main(fill.main, capsys, *flags, *arguments)
-
+    """Runs lab.fill among the files of a test: see run_main."""
     monkeypatch.chdir(tmp_path)
-    return call
+    flags = "--ckpt", str(run), "--device", "cpu", "--max-new-tokens", "12"
+    return lambda *arguments: run_main(fill.main, capsys, *flags, *arguments)
 
 
 def expected_infill(run, prefix, suffix, **settings):
@@ -33,11 +31,9 @@ def expected_infill(run, prefix, suffix, **settings):
     return infill(model, tok, prefix, suffix, max_new_tokens=12, **settings)
 
 
-@pytest.mark.parametrize("file", [
-    f"{PREFIX}<FILL>{SUFFIX}", f"\ufeff{PREFIX}<FILL>{SUFFIX}".replace("\n", "\r\n"),
-    f"{PREFIX}<FILL>{SUFFIX}".replace("\n", "\r")], ids=["Linux", "Windows", "old Mac"])
-def test_the_file_is_printed_with_the_infill_in_its_hole(file, cli, run, tmp_path):
-    (tmp_path / "draft.py").write_text(file, "utf-8", newline="")
+@pytest.mark.parametrize("start, end", [("", "\n"), ("\ufeff", "\r\n")], ids=["Linux", "Windows"])
+def test_the_file_is_printed_with_the_infill_in_its_hole(start, end, cli, run, tmp_path):
+    (tmp_path / "draft.py").write_text(f"{start}{PREFIX}<FILL>{SUFFIX}", "utf-8", newline=end)
     best, = expected_infill(run, PREFIX, SUFFIX)
     shown = cli("draft.py")
     assert shown.out == PREFIX + best.text + SUFFIX + "\n"
@@ -54,7 +50,6 @@ def test_several_infills_are_ranked_and_the_best_is_written(cli, run, tmp_path):
         for rank, best in enumerate(infills, 1))
     assert draft.read_text() == PREFIX + infills[0].text.replace("\r", "\n") + SUFFIX
     assert f"{draft}.orig" in shown.err
-    assert "found 0" in cli("draft.py", "--write").err  # the hole is filled
 
 
 @pytest.mark.parametrize("end, stray", [("\n", ""), ("\r\n", ""), ("\r", ""), ("\r\n", "\n"), ("\n", "\r\n")])
@@ -88,21 +83,15 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(step, cli, tmp_path, monk
 
 def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
     (tmp_path / "draft.py").write_text(f"{PREFIX}<FILL>{SUFFIX}")
-    typed = iter(["", "", " / len(xs)\\n"])  # an infill; take it, and another; type on
-
-    def read(_):
-        for line in typed:
-            return line
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", read)
+    # an infill; take it, and another; type on
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n / len(xs)\\n\n"))
     shown = cli("draft.py", "--interactive")
     texts, prefix, expected = [], PREFIX, ""
     for line in (None, None, " / len(xs)\n"):
         prefix += line or "".join(texts[-1:])
         texts.append(expected_infill(run, prefix, SUFFIX)[0].text)
-        expected += prefix + texts[-1] + SUFFIX + "\n"
-    assert shown.out == expected + "\n"
+        expected += f"> {prefix}{texts[-1]}{SUFFIX}\n"
+    assert shown.out == expected + "> \n"
     reused = [int(n) for n in re.findall(r"(\d+) of the prompt's \d+ tokens reused", shown.err)]
     assert reused[0] == 0 and reused[1] >= len(tok.encode(SUFFIX)) + 2 <= reused[2]
 
@@ -111,8 +100,7 @@ def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
     ("zero.py", 2, "zero.py: expected one <FILL> where the hole is, found 0"), ("two.py", 2, "found 2"),
     ("latin.py", 2, "latin.py: expected UTF-8 text"), ("missing.py", 1, "missing.py"), ("", 2, "FILE"),
     ("one.py --interactive", 2, "surrogates"), ("one.py --interactive --n 2", 2, "--n 2: expected one"),
-    ("one.py --interactive --write", 2, "not allowed with"), ("one.py --ckpt none", 1, "no such checkpoint"),
-    ("one.py --max-new-tokens 125", 2, "--max-new-tokens 125: the model's context is 128")])
+    ("one.py --interactive --write", 2, "not allowed with")])
 def test_a_mistake_is_one_line(arguments, code, message, cli, tmp_path, monkeypatch):
     for name, text in {"zero": "é", "one": "<FILL>", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
         (tmp_path / f"{name}.py").write_text(text, "latin-1" if name == "latin" else "utf-8")

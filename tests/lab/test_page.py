@@ -191,7 +191,7 @@ def run(tmp_path_factory, model, tok):
     return save_run(tmp_path_factory.getbasetemp() / "both", model, tok, "fim")
 
 
-@pytest.mark.parametrize("order", ["psm", "spm", None])
+@pytest.mark.parametrize("order", ["psm", None])
 def test_the_command_draws_an_infill_as_in_training_or_as_told(order, run, model, tok, tmp_path):
     path, prompt = tmp_path / "page.html", layout(tok, order or "spm", "joint")
     page.main(["infill", str(path), "--ckpt", str(run), "--max-new-tokens", "9", "--device", "cpu",
@@ -218,11 +218,9 @@ def test_without_a_text_it_draws_a_function_filled_rightly(filled, expected, tok
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("infill page.html --n 2", "--n 2: expected one infill"), ("infill", "FILE.html"), ("", "infill"),
+    ("infill page.html --n 2", "--n 2: expected one infill"), ("", "infill"),
     ("infill nowhere/a.html --prefix a --ckpt {}/both", "nowhere/a.html: could not be written (No such file"),
-    ("infill page.html --ckpt {}/both --max-new-tokens 125", "--max-new-tokens 125: the model's context is"),
     ("infill page.html --ckpt {}/psm --order spm", "--order spm: expected a model of fim or fim_meap"),
-    ("objectives .", ".: could not be written (Is a directory)"),
     ("objectives page.html --prefix a", "unrecognized arguments: --prefix a")])
 def test_a_mistake_is_one_line_and_writes_nothing(flags, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
