@@ -59,21 +59,21 @@ ARMS = {
     "markov-documents": markov("fim --fim-level document --fim-rate 0.9", seeds=10),
     "markov-tuned": tuned("--fim-rate 0.9"), "markov-tuned-slowly": tuned("--fim-rate 0.9 --lr 0.001"),
     "markov-tuned-0.25": tuned("--fim-rate 0.25"),
-    **{f"stdlib-{name}": Arm(f"--objective {objective} {STDLIB}", 4)
+    **{f"stdlib-{name}": Arm(f"--objective {objective} {STDLIB}", 3)
        for name, objective in (("ntp", "ntp"), ("fim", "fim --fim-rate 0.5"), ("meap", "meap"))},
     **{f"programs-{span}": Arm(f"--objective fim --fim-rate 0.9 --span {span} {PROGRAMS}", 3)
        for span in ("char", "token", "line")},
     **{f"{corpus}-{name}": Arm(f"--objective {objective} --data {corpus} {LOOKUP} {size}", seeds, 0.1)
-       for corpus, seeds, size in (("records", 48, ""), ("haystack", 24, ""), ("chains", 8, "--n-layer 4"))
+       for corpus, seeds, size in (("records", 48, ""), ("haystack", 24, ""), ("chains", 5, "--n-layer 4"))
        for name, objective in MASKS.items()},
-    **{f"records-{ratio}": Arm(f"--objective meap --mask-ratio {ratio} --data records {LOOKUP}", 48, 0.1)
+    **{f"records-{ratio}": Arm(f"--objective meap --mask-ratio {ratio} --data records {LOOKUP}", 24, 0.1)
        for ratio in RATIOS},
-    **{f"relay-{name}": Arm(f"--objective {objective} {RELAY}", 8) for name, objective in MASKS.items()},
+    **{f"relay-{name}": Arm(f"--objective {objective} {RELAY}", 6) for name, objective in MASKS.items()},
     **{f"answers-{objective.split()[0]}": Arm(
         f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 --steps 60 "
-        "--eval-every 5 --init-from {out}/relay-ntp-{seed}", 8)
+        "--eval-every 5 --init-from {out}/relay-ntp-{seed}", 6)
        for objective in ("sft", "meap_sft --min-answer 0")},
-    **{f"repeat-{name}": Arm(f"--objective {objective} {REPEAT}", 4)
+    **{f"repeat-{name}": Arm(f"--objective {objective} {REPEAT}", 3)
        for name, objective in (MASKS | {"fim": "fim", "fim_meap": "fim_meap"}).items()},
 }
 JOINT = "markov-fim-0.9"
@@ -240,8 +240,7 @@ CONTROLS = ("ntp", "NTP"), ("dropout", "NTP with dropout")
 
 def race(r, corpus, name="recall", text="steps to answer 80%"):
     """Checks: how many times as many steps ntp, and ntp with dropout, take as meap does."""
-    return [more_times(f"{text}: {label} over MEAP",
-                       r.log_steps(f"{corpus}-{base}", name) - r.log_steps(f"{corpus}-meap", name))
+    return [more_times(f"{text}: {label} over MEAP", r.log_ratio(f"{corpus}-{base}", f"{corpus}-meap", name))
             for base, label in CONTROLS]
 
 
@@ -292,7 +291,7 @@ def mask_ratio(r, arms=" ".join(["records-meap", *(f"records-{ratio}" for ratio 
 
     A small model does not tell the ratios apart, up to a point where masks hide too much."""
     return [more_times(f"steps to answer 80%: ratio {ratio} over 0.15",
-                       r.log_steps(f"records-{ratio}") - r.log_steps("records-meap")) for ratio in RATIOS]
+                       r.log_ratio(f"records-{ratio}", "records-meap")) for ratio in RATIOS]
 
 
 def language_modelling(r, arms="markov-ntp markov-meap stdlib-ntp stdlib-meap"):
@@ -342,7 +341,7 @@ def masked_copy(r, arms="answers-sft answers-meap_sft"):
     return [more_share("gifts named rightly at the end: meap_sft minus sft",
                        r.minus("answers-meap_sft", "answers-sft", "recall")),
             more_times("steps until 80% are right: sft over meap_sft",
-                       r.log_steps("answers-sft") - r.log_steps("answers-meap_sft"))]
+                       r.log_ratio("answers-sft", "answers-meap_sft"))]
 
 
 def attention(r, arms="records-ntp records-meap"):

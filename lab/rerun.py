@@ -101,9 +101,11 @@ class Results:
 
     def minus(self, arm, other, name):
         """A figure of an arm minus that of another, for the seeds that both have."""
-        values, others = self(arm, name), self(other, name)
-        n = min(len(values), len(others))
-        return values[:n] - others[:n]
+        return paired(self(arm, name), self(other, name))
+
+    def log_ratio(self, arm, other, name="recall"):
+        """The same with log_steps: the logarithm of how many times as many steps an arm takes."""
+        return paired(self.log_steps(arm, name), self.log_steps(other, name))
 
     def curve(self, arm, name):
         """-> steps (n,), values (seeds, n), for runs that all have the same number of evaluations."""
@@ -124,6 +126,11 @@ class Results:
                 before = line
             out.append(math.log(reached))
         return np.array(out)
+
+
+def paired(values, others):
+    n = min(len(values), len(others))
+    return values[:n] - others[:n]
 
 
 class Arm(NamedTuple):
