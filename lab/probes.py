@@ -176,21 +176,17 @@ def on_relay(model, tok, knobs, is_last):
 
 def contradictions(model, tok, n=400):
     """Contextual hallucination without a judge: the model goes on after the first ten lines of a document. Of
-    the lines whose giver was there before, the share that name another gift; of all lines, the share with any
-    error."""
+    the lines whose giver was there before, the share that name another gift."""
     given = ["".join(lines_of(text)[:10]) for text in documents("relay", n, seed=3)]
     drawn = continuations(model, tok, [[tok.eot, *tok.encode(text)] for text in given], 100, 1, 1.0)
-    wrong = known = bad = lines = 0
+    wrong = known = 0
     for text, ((ids, _),) in zip(given, drawn):
         whole = lines_of(text + tok.decode(ids))
         whole = whole if ids[-1] == tok.eot else whole[:-1]  # the last line may be unfinished
-        problems = [e for e in errors("".join(whole)) if e.line >= 10]
-        wrong += sum(e.what == "gift" for e in problems)
-        bad += len({e.line for e in problems})
+        wrong += sum(error.what == "gift" and error.line >= 10 for error in errors("".join(whole)))
         givers = [line.split()[1] if len(line.split()) == 4 else None for line in whole]
         known += sum(giver is not None and giver in givers[:i] for i, giver in enumerate(givers) if i >= 10)
-        lines += max(0, len(whole) - 10)
-    return {"contradictions": wrong / max(1, known), "any_error": bad / max(1, lines)}
+    return {"contradictions": wrong / max(1, known)}
 
 
 def argmax_is_right(model, tok, texts):

@@ -172,7 +172,7 @@ def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
         assert claim.__doc__.splitlines()[0] in section and section.count("| **") + section.count(
             "| undecided") == len(claim(Made(ARMS, tmp_path))), name
         assert name not in claims.PICTURES or (tmp_path / "claims" / f"{name}.png").stat().st_size > 5000
-    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9899 to 1.0101) | 4 |  | **holds***",
+    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9831 to 1.0169) | 3 |  | **holds***",
                 "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.71 to x 2.72) | 48 |  | **holds***"):
         assert row in page
     assert "undecided. At 90%" in capsys.readouterr().out
@@ -248,8 +248,7 @@ def test_relay_continuations_are_judged_by_the_checker():
 
     out = probes.contradictions(Model(repeat), TOK, n=4)
     given = ["".join(text.splitlines(keepends=True)[:10]) for text in documents("relay", 4, seed=3)]
-    wrong = [(i, e) for i, text in enumerate(given) for e in errors(text + "1 fox fig owl\n" * 7)
-             if e.line >= 10]  # 100 bytes hold seven lines
+    wrong = sum(e.line >= 10 and e.what == "gift" for text in given
+                for e in errors(text + "1 fox fig owl\n" * 7))  # 100 bytes hold seven lines
     known = sum(6 + any(line.split()[1] == "fox" for line in text.splitlines()) for text in given)
-    assert out["contradictions"] == pytest.approx(sum(e.what == "gift" for _, e in wrong) / known)
-    assert out["any_error"] == pytest.approx(len({(i, e.line) for i, e in wrong}) / 28)
+    assert out["contradictions"] == pytest.approx(wrong / known)
