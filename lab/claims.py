@@ -70,8 +70,8 @@ ARMS = {
        for ratio in RATIOS},
     **{f"relay-{name}": Arm(f"--objective {objective} {RELAY}", 6) for name, objective in MASKS.items()},
     **{f"answers-{objective.split()[0]}": Arm(
-        f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 --steps 60 "
-        "--eval-every 5 --init-from {out}/relay-ntp-{seed}", 6)
+        f"--objective {objective} --data {{out}}/questions.jsonl --block-size 512 --batch-size 8 --steps 240 "
+        "--eval-every 10 --init-from {out}/relay-ntp-{seed}", 6)
        for objective in ("sft", "meap_sft --min-answer 0")},
     **{f"repeat-{name}": Arm(f"--objective {objective} {REPEAT}", 3)
        for name, objective in (MASKS | {"fim": "fim", "fim_meap": "fim_meap"}).items()},
