@@ -254,9 +254,8 @@ def recall(r, arms="records-ntp records-dropout records-meap"):
     answers 80%; what is compared is how many steps that takes (one that never does counts as 1,500, where all
     end). Dropout is the control: it hides inputs, too.
 
-    Masks do not teach a small model to look things up sooner. They hide the key or the value of 28% of what
-    is asked (1 - 0.85 x 0.85), so NTP should need 0.72 times the steps, and about that it needs. Dropout,
-    which hides inputs, too, is slower still."""
+    Masks do not teach a small model to look things up sooner. Dropout, which hides inputs, too, is slower
+    still."""
     return race(r, "records")
 
 
@@ -292,8 +291,7 @@ def mask_ratio(r, arms=" ".join(["records-meap", *(f"records-{ratio}" for ratio 
 
     The race of records at five ratios.
 
-    The fewer masks, the sooner a small model learns to look up: each mask that hides a key or a value spoils
-    an example."""
+    The fewer masks, the sooner a small model learns to look up."""
     return [more_times(f"steps to answer 80%: ratio {ratio} over 0.15",
                        r.log_ratio(f"records-{ratio}", "records-meap")) for ratio in RATIOS]
 
