@@ -47,15 +47,9 @@ def compare(plain, masked, is_masked):
 
 
 def shares(model, tok, segments):
-    """Of the last token's attention, how much falls on each of four texts: array (L * H, 4), whose rows sum
-    to 1. Where they do not fit the context, the two contexts lose their far ends, in proportion."""
-    parts, room = [tok.encode(text) for text in segments], model.config.block_size
-    (before, answer, after, query), surplus = parts, sum(map(len, parts)) - room
-    if surplus > 0:
-        if surplus > len(before) + len(after):
-            raise ValueError(f"answer and query have {len(answer + query)} tokens, the context holds {room}")
-        from_before = surplus * len(before) // (len(before) + len(after))
-        parts[0], parts[2] = before[from_before:], after[:len(after) - (surplus - from_before)]
+    """Of the last token's attention, how much falls on each of n texts, which together fit the context: array
+    (L * H, n), whose rows sum to 1."""
+    parts = [tok.encode(text) for text in segments]
     idx = torch.tensor([sum(parts, [])], device=next(model.parameters()).device)
     last = weights(model, idx)[0, :, :, -1].flatten(0, 1).float().cpu()         # (L * H, T)
     by_part = last.split([len(part) for part in parts], dim=1)

@@ -27,9 +27,10 @@ from tqdm import tqdm, trange
 
 import train
 from model import GPT, IGNORE
-from sample import Parser, generate, one_line_errors, pick_device, within
+from sample import Parser, generate, one_line_errors, pick_device
 
 PRODUCT_SIZE = 2048  # of the matrices whose product shows a CPU's peak; four times as large on a GPU
+TURNS, SAMPLE_TURNS = 15, 3  # after those which warm up
 SAMPLE_TOKENS = 512
 
 # --time-to-loss: the command for a CPU in nanoGPT's README, but with twice the context and three times the
@@ -103,7 +104,7 @@ def step(config, dtype, model, optimizers, micro_batches):
         optimizer.zero_grad()
 
 
-def bench_steps(config, variants, batches, device, repeats):
+def bench_steps(config, variants, batches, device):
     """Prints the table of training steps. A variant that exceeds the GPU's memory is named and left out."""
     peaks = {dtype: find_peak(dtype, device) for dtype in sorted({dtype for _, dtype, *_ in variants})}
     build = partial(train.build_batches, batches, range(config.grad_accum), device)
@@ -118,7 +119,7 @@ def bench_steps(config, variants, batches, device, repeats):
             running[name] = run, flops_per_token(model) / peaks[dtype]
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory")
-    times = [[seconds_of(run, device) for run, _ in running.values()] for _ in trange(repeats, leave=False)]
+    times = [[seconds_of(run, device) for run, _ in running.values()] for _ in trange(TURNS, leave=False)]
     quartiles = np.percentile(times, (25, 50, 75), axis=0).T * 1e3
     n_tokens = config.grad_accum * config.batch_size * config.block_size
     print("\n| training step        |     ms | quartiles        | tokens/s | ratio | of peak |\n"
@@ -128,13 +129,13 @@ def bench_steps(config, variants, batches, device, repeats):
               f"{quartiles[0, 1] / ms:5.2f} | {1e3 * n_tokens / ms * share:7.1%} |")
 
 
-def bench_sampling(ours, theirs, device, repeats):
+def bench_sampling(ours, theirs, device):
     """Prints the table of sampling after a single token. theirs: nanoGPT's model, which has no cache."""
     n, idx = SAMPLE_TOKENS, torch.zeros(1, 1, dtype=torch.long, device=device)
     ways = {"with a KV cache": lambda: [*generate(ours.eval(), idx, n)]}
     if theirs:
         ways["nanoGPT"] = lambda: theirs.eval().generate(idx, n)
-    times = [[seconds_of(f, device) for f in ways.values()] for _ in trange(repeats + 1, leave=False)]
+    times = [[seconds_of(f, device) for f in ways.values()] for _ in trange(1 + SAMPLE_TURNS, leave=False)]
     medians = np.median(times[1:], axis=0)
     print(f"\n| sampling {n} tokens |     s | tokens/s | ratio |\n|---|---|---|---|")
     for name, s in zip(ways, medians):
@@ -177,7 +178,6 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0], epilog="and any flag of train.py")
     parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of nanoGPT to measure beside")
     parser.add_argument("--time-to-loss", action="store_true", help="train nanoGPT and this to the same loss")
-    parser.add_argument("--repeats", type=within(1), default=15, help="turns; of sampling a fifth (15)")
     args, rest = parser.parse_known_args(arguments)
     nanogpt = runpy.run_path(f"{args.nanogpt}/model.py") if args.nanogpt else None
     if args.time_to_loss:
@@ -192,8 +192,8 @@ def main(arguments=None):
     ours, theirs = variants[0][2], variants[-1][2] if nanogpt else None
     if args.time_to_loss:
         return race(args.nanogpt, theirs, config, rest, device, tok, batches, held_out_rows)
-    bench_steps(config, variants, batches, device, args.repeats)
-    bench_sampling(ours, theirs, device, max(1, args.repeats // 5))
+    bench_steps(config, variants, batches, device)
+    bench_sampling(ours, theirs, device)
 
 
 if __name__ == "__main__":

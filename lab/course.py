@@ -8,9 +8,8 @@
 
 The handout: docs/exercises.md and the docstring of each function, which stays. check copies this project to
 a temporary folder and takes only the lab's own files from the student's: tests that were edited do not count.
-It exits with 0 only where all points are reached, else with 1. The tests of each task run in a process with a
-time limit. That is a guard against accidents (an endless loop, a call of exit), not against malice: code from
-strangers belongs in a container.
+The tests of each task run in a process with a time limit, but with all your permissions: code from strangers
+belongs in a container.
 """
 import argparse
 import ast
@@ -342,7 +341,6 @@ def saved(out):
 
 def end_minus_wrong(out):
     run = figures(own_flags(), out, "markov")
-    print(f"by Bayes' rule: {run['bayes_spm_end'] - run['bayes_spm_another']:.4f}")
     return run["spm_end"] - run["spm_another"]
 
 
@@ -404,8 +402,7 @@ def main(arguments=None):
     parser.add_argument("action", choices=("start", "check", "mark"))
     parser.add_argument("number", type=int, choices=LABS,
                         help=", ".join(f"{n} {lab.title}" for n, lab in LABS.items()))
-    parser.add_argument("folders", nargs="+", type=Path, metavar="folder",
-                        help="of the lab; of a mark: for its training")
+    parser.add_argument("folders", nargs="+", type=Path, help="of the lab; of a mark: for its training")
     parser.add_argument("--no-mark", action="store_true", help="check the tests alone")
     parser.add_argument("--json", action="store_true", help="check prints JSON")
     args = parser.parse_args(arguments)

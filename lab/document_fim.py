@@ -7,17 +7,12 @@ import numpy as np
 
 from objectives import documents_in, fim_document
 
-SPM_RATE = {"fim_psm": 0.0, "fim_spm": 1.0}
-
 
 def fim_documents(stream, tok, seed, objective, knobs):
-    """stream (N,) -> a new, longer stream. objective: fim_psm, fim_spm or fim, with its knobs. ValueError for
-    another."""
-    if objective not in ("fim_psm", "fim_spm", "fim"):
-        raise ValueError("--fim-level document: expected --objective fim, fim_psm or fim_spm, "
-                         f"got {objective}")
+    """stream (N,) -> a new, longer stream. knobs: those of fim. Raises ValueError for another objective."""
+    if objective != "fim":
+        raise ValueError(f"--fim-level document: expected --objective fim, got {objective}")
     rng, out = np.random.default_rng(seed), []
-    knobs = {"spm_rate": SPM_RATE.get(objective), "spm_layout": "joint"} | knobs
     for document in documents_in(np.asarray(stream), tok, rng, knobs["max_document_tokens"]):
         if rng.random() < knobs["fim_rate"]:
             order = "spm" if rng.random() < knobs["spm_rate"] else "psm"

@@ -58,8 +58,7 @@ def score(model, pairs, watch=0, desc=None):
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]) - len(rows[i][1]))
     batch_tokens = min(8192, 2**28 // model.config.vocab_size)  # suits a CPU's cache; 1 GB of logits
     scores = [None] * len(rows)
-    with tqdm(total=len(rows), desc=desc, unit="text", leave=False,
-              disable=True if desc is None else None) as bar:
+    with tqdm(total=len(rows), desc=desc, unit="text", leave=False, disable=None) as bar:
         while order:
             T = sum(map(len, rows[order[0]])) - 1
             size = max(1, batch_tokens // T)
@@ -91,8 +90,7 @@ def continuations(model, tok, prompts, max_new_tokens, n=1, temperature=0.0, see
     size = max(1, min(in_memory, 96 if device.type == "cpu" else 1024) // n)  # 96: suits a CPU's cache
     batches = [same[start:start + size] for same in by_length.values() for start in range(0, len(same), size)]
     out = {}
-    for number, batch in enumerate(tqdm(batches, desc, unit="batch", leave=False,
-                                        disable=True if desc is None else None)):
+    for number, batch in enumerate(tqdm(batches, desc, unit="batch", leave=False, disable=None)):
         idx = torch.tensor([prompts[i] for i in batch], device=device)
         samples = collect(generate(model, idx, max_new_tokens, temperature, stop=tok.eot, seed=seed + number,
                                    n=n, allowed=tok.eot + 1), tok)
@@ -226,9 +224,8 @@ def infill(model, tok, a):
 
     A sample has at most a quarter of the context."""
     figures, most = {}, model.config.block_size // 4
-    reach = 64 * most  # characters: many more than the context holds
     for order, layout in a.layouts.items():
-        prompts = [infill_prompt(model, tok, prefix[-reach:], suffix[:reach], most, layout)
+        prompts = [infill_prompt(model, tok, prefix, suffix, most, layout)
                    for _, prefix, _, suffix in a.problems]
         drawn = continuations(model, tok, prompts, most, a.n, a.temperature, a.seed, f"infill, {order}")
         samples = [(task_id, middle, tok.decode(ids))
@@ -349,9 +346,7 @@ def main(arguments=None):
         saved["folders"][a.name] = folder
         saved["settings"][a.name] = saved["settings"].get(a.name, {}) | dict.fromkeys(a.tasks, settings)
         saved["results"][a.name] = saved["results"].get(a.name, {}) | results[a.name]
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(saved, indent=1))
-        temporary.replace(file)  # earlier results survive a crash
+        file.write_text(json.dumps(saved, indent=1))
     columns = pool(results, configs) if a.pool else results
     print(table(columns))
     note(f"written: {' '.join(map(str, [file, *(draw(columns, Path(a.figures)) if a.figures else [])]))}")

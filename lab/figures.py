@@ -1,9 +1,7 @@
 """Draws what was measured. matplotlib is used here and nowhere else.
 
-    python -m lab.figures RUN RUN ...                           how runs learned: into curves.png
-    python -m lab.figures curves FILE.png RUN [RUN ...]         the same, into another file
-    python -m lab.figures results out/eval/results.json FOLDER  the tables of evaluate.py, a PNG for each task
-    python -m lab.figures rows FILE.png                         one text under five objectives
+    python -m lab.figures RUN RUN ...    how runs learned: into curves.png
+    python -m lab.figures rows           one text under five objectives: into rows.png
 """
 import argparse
 import json
@@ -98,15 +96,12 @@ def curves(folders):
     panels, a line for each run."""
     fig, axes = pyplot().subplots(1, 2, figsize=(9, 3.8), sharex=True, layout="constrained")
     for folder, colour in zip(folders, cycle(COLOURS)):
-        file = Path(folder, "metrics.jsonl")
-        if not file.is_file():
-            raise ValueError(f"{folder}: expected a run's folder, in which train.py writes a metrics.jsonl")
-        measured = [json.loads(line) for line in file.read_text().splitlines()]
+        measured = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
         for axis, names in zip(axes, (("held_out_bpb", "answer_bpb"), ("loss",))):
             points = [(line["step"], line[name]) for line in measured for name in names if line.get(name)]
             if points:
                 style = {"linewidth": 0.8} if len(points) > 50 else {"marker": "o", "markersize": 4}
-                axis.plot(*zip(*points), color=colour, label=file.resolve().parent.name, **style)
+                axis.plot(*zip(*points), color=colour, label=Path(folder).resolve().name, **style)
     for axis, label in zip(axes, ("held-out text, bits per byte", "training loss, nats per token")):
         axis.set(xlabel="optimiser steps", ylabel=label)
         axis.grid(alpha=0.3)
@@ -162,17 +157,9 @@ def points(measured):
 @one_line_errors
 def main(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="as in one of these four lines")
-    what, *rest = words = parser.parse_args(arguments).what
-    if not {"rows": len(rest) == 1, "curves": len(rest) > 1, "results": len(rest) == 2}.get(what, True):
-        raise ValueError(f"{' '.join(words)}: expected rows FILE, curves FILE RUN ... or results FILE FOLDER")
-    if what == "results":
-        print(*draw(json.loads(Path(rest[0]).read_text())["results"], Path(rest[1])))
-    elif what == "rows":
-        print(save(rows(), rest[0], 200))
-    else:
-        file, *folders = rest if what == "curves" else ["curves.png", *words]
-        print(save(curves(folders), file, 200))
+    parser.add_argument("runs", nargs="+", help="folders of runs, or rows")
+    runs = parser.parse_args(arguments).runs
+    print(save(rows(), "rows.png", 200) if runs == ["rows"] else save(curves(runs), "curves.png", 200))
 
 
 if __name__ == "__main__":

@@ -6,52 +6,31 @@
 """
 import os
 import shutil
-import tempfile
 from itertools import count
 from pathlib import Path
 
-from data import newlines
 from sample import (Parser, PromptCache, add_sampling, infill, load_model, newest_run, note, one_line_errors,
                     paint, pick_device, unescape)
 
 FILL = "<FILL>"
 
 
-def read_hole(path):
-    """A file -> the texts before and after its one <FILL>. Raises ValueError where it has not one."""
-    try:
-        parts = newlines(Path(path).read_bytes().decode("utf-8-sig")).split(FILL)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
-    if len(parts) != 2:
-        raise ValueError(f"{path}: expected one {FILL} where the hole is, found {len(parts) - 1}")
-    return parts
-
-
 def write_infill(path, text):
-    """Puts text in place of the file's <FILL>, atomically: path is always the old or the new file, whole.
-
-    The rest of the file stays as it is, with its permissions; text gets the line ends that most lines of the
-    file have. The old file is kept as PATH.orig, or .orig1 if that exists, and so on: its path is returned.
-    Raises OSError."""
+    """Puts text, with the file's line ends, in place of its <FILL>, atomically: path is always the old or the
+    new file, whole. The old one is kept as PATH.orig, or PATH.orig1 if that exists, and so on: its path is
+    returned. Raises OSError."""
     path = Path(path).resolve()  # a link stays a link
     old = path.read_bytes()
-    n_crlf = old.count(b"\r\n")
-    frequency = {"\n": old.count(b"\n") - n_crlf, "\r\n": n_crlf, "\r": old.count(b"\r") - n_crlf}
-    text = newlines(text).replace("\n", max(frequency, key=frequency.get))
-    names = (Path(f"{path}.orig{i or ''}") for i in count())
-    kept = next(name for name in names if not name.exists())
+    if b"\r\n" in old:
+        text = text.replace("\n", "\r\n")
+    kept = next(name for i in count() if not os.path.exists(name := f"{path}.orig{i or ''}"))
     shutil.copy2(path, kept)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as f:
-        try:
-            f.write(old.replace(FILL.encode(), text.encode()))
-            f.flush()
-            os.fsync(f.fileno())
-            shutil.copymode(path, f.name)
-            os.replace(f.name, path)
-        except OSError:
-            os.unlink(f.name)
-            raise
+    shutil.copy2(path, f"{path}.tmp")  # with its permissions
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(old.replace(FILL.encode(), text.encode()))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
     return kept
 
 
@@ -64,7 +43,6 @@ def type_and_infill(model, tok, prefix, suffix, **settings):
             typed = input("> ")
         except EOFError:
             return print()
-        typed.encode()  # raises UnicodeEncodeError, a ValueError, for what is no text
         prefix += unescape(typed) or accepted
         best, = infill(model, tok, prefix, suffix, cache=cache, **settings)
         accepted = best.text
@@ -83,9 +61,13 @@ def main(arguments=None):
     mode.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
     add_sampling(parser)
     args = parser.parse_args(arguments)
-    if args.interactive and args.n > 1:
-        raise ValueError(f"--n {args.n}: expected one sample with --interactive")
-    prefix, suffix = read_hole(args.file)
+    try:
+        parts = Path(args.file).read_text("utf-8-sig").split(FILL)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{args.file}: expected UTF-8 text, got {error}") from None
+    if len(parts) != 2:
+        raise ValueError(f"{args.file}: expected one {FILL} where the hole is, found {len(parts) - 1}")
+    prefix, suffix = parts
     model, tok, _ = load_model(args.ckpt or newest_run(), pick_device(args.device))
     temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
     settings = {"max_new_tokens": args.max_new_tokens, "temperature": temperature, "top_k": args.top_k,
@@ -93,12 +75,9 @@ def main(arguments=None):
     if args.interactive:
         return type_and_infill(model, tok, prefix, suffix, **settings)
     infills = infill(model, tok, prefix, suffix, args.n, **settings)
-    for rank, best in enumerate(infills, 1):
-        if args.n > 1:
-            print(f"--- {rank} of {args.n}, {best.ended}, {best.mean_log_p:.2f} nats per token")
-        print(prefix + paint(best.text) + suffix)
-    if args.n == 1:
-        note(f"{best.ended}, {best.mean_log_p:.2f} nats per token")
+    for sample in infills:
+        print(prefix + paint(sample.text) + suffix, flush=True)
+        note(f"{sample.ended}, {sample.mean_log_p:.2f} nats per token")
     if args.write:
         note(f"written: {args.file}; before: {write_infill(args.file, infills[0].text)}")
 

@@ -6,8 +6,7 @@ transformers gives them.
 
 The names are those of model.py, but published files lack the "transformer." in front; the matrices of linear
 layers are transposed (in, out). A .safetensors file holds the header's length (8 bytes, little-endian), the
-header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor after the other. A tokenizer.json
-writes each byte of a token as a letter, and has the pairs of tokens that merge, in order.
+header (JSON: name -> dtype, shape, offsets) and the numbers, one tensor after the other.
 """
 import json
 from dataclasses import asdict
@@ -20,19 +19,19 @@ from model import GPTConfig
 from sample import Parser, load_model, one_line_errors
 
 LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files hold
+# What files may hold besides: the causal mask, and the output layer, which GPT-2 shares with the embeddings.
+EXTRA = (".attn.bias", ".attn.masked_bias", "lm_head.weight")
+ARCHITECTURE = {"position": "learned", "qk_norm": False, "token_shift": False, "bias": True}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-GELU = {"gelu_new": "tanh", "gelu": "exact"}
 
 
 def load_gpt2(path):
     """A file or folder of GPT-2's weights -> {"model", "model_config", "tokenizer"}, as in a checkpoint of
     train.py.
 
-    The shape is read off the weights; the heads off the config.json beside them, else they have 64 channels,
-    as in all of GPT-2's sizes. <PRE> <SUF> <MID> <MASK>, which GPT-2 lacks, get the mean of its embeddings
-    (its <|endoftext|> is our <EOT>). Raises OSError where the file is damaged or holds something else, or
-    config.json asks for what model.py does not do."""
+    The shape is read off the weights; heads have 64 channels, as in all of GPT-2's sizes. <PRE> <SUF> <MID>
+    <MASK>, which GPT-2 lacks, get the mean of its embeddings (its <|endoftext|> is our <EOT>). Raises OSError
+    where the file is damaged or holds something else, or the config.json beside it is not GPT-2's."""
     path = Path(path)
     files = [f for f in (path, path / "model.safetensors", path / "pytorch_model.bin") if f.is_file()]
     if not files:
@@ -42,84 +41,74 @@ def load_gpt2(path):
     try:
         content = (read_safetensors(path) if path.suffix == ".safetensors" else
                    torch.load(path, map_location="cpu", weights_only=True))
-        weights = {name.removeprefix("transformer."): w.float() for name, w in content.items()
-                   if not name.endswith(BUFFERS)}
-        wte, has_head = weights["wte.weight"], "lm_head.weight" in weights
-        (vocab_size, n_embd), (block_size, _) = wte.shape, weights["wpe.weight"].shape
-        n_layer = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("h."))
-        head = weights.get("lm_head.weight", wte).view_as(wte)
+        state = {"transformer." + name.removeprefix("transformer."):
+                 w.float().T.contiguous() if name.endswith(LINEAR) else w.float()
+                 for name, w in content.items() if not name.endswith(EXTRA)}
+        wte, n_layer = state["transformer.wte.weight"], sum(name.endswith("ln_1.weight") for name in state)
+        (vocab_size, n_embd), block_size = wte.shape, len(state["transformer.wpe.weight"])
+        is_tied = torch.equal(content.get("lm_head.weight", wte).float(), wte)
     except Exception as error:  # a damaged or foreign file fails the unpickler in any way
         raise OSError(f"--init-from {path}: not a whole state dict of GPT-2, or damaged "
                       f"({type(error).__name__})") from None
     tok = Tokenizer.gpt2()
-    if vocab_size not in (tok.eot + 1, tok.n_vocab):
-        raise OSError(f"--init-from {path}: a vocabulary of {vocab_size:,} tokens, GPT-2's {tok.eot + 1:,}")
-
-    # What config.json may say: first what holds where it says nothing.
-    n_head, is_tied = max(1, n_embd // 64), torch.equal(head, wte)
-    c = read_config(path.parent / "config.json", {
-        "model_type": ["gpt2"], "vocab_size": [vocab_size], "n_positions": [block_size], "n_embd": [n_embd],
-        "n_layer": [n_layer], "n_head": [n_head, *(n for n in range(1, n_embd + 1) if n_embd % n == 0)],
-        "n_inner": [None, 4 * n_embd], "activation_function": [*GELU], "layer_norm_epsilon": [1e-5],
-        "tie_word_embeddings": [is_tied, not is_tied] if has_head else [True], "eos_token_id": [tok.eot],
-        "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-        "add_cross_attention": [False]})
-    weights["lm_head.weight"] = wte if c["tie_word_embeddings"] else head
-    for name in ("wte.weight", "lm_head.weight"):
-        mean = weights[name].mean(0, keepdim=True)
-        weights[name] = torch.cat((weights[name], mean.expand(tok.n_vocab - vocab_size, -1)))
-    state = {name if name == "lm_head.weight" else f"transformer.{name}":
-             w.T.contiguous() if name.endswith(LINEAR) else w for name, w in weights.items()}
-    config = GPTConfig(tok.n_vocab, block_size, n_layer, c["n_head"], n_embd, bias=True, position="learned",
-                       qk_norm=False, token_shift=False, tied=c["tie_word_embeddings"],
-                       gelu=GELU[c["activation_function"]])
+    if vocab_size not in (tok.eot + 1, tok.n_vocab) or n_embd % 64 or not is_tied:
+        raise OSError(f"--init-from {path}: {vocab_size:,} tokens, width {n_embd}, tied {is_tied}; expected "
+                      f"GPT-2's {tok.eot + 1:,} tokens, 64 channels per head, and a tied output layer")
+    check_config(path.with_name("config.json"), {
+        "model_type": "gpt2", "n_head": n_embd // 64, "n_inner": 4 * n_embd,
+        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False})
+    wte = torch.cat((wte, wte.mean(0).expand(tok.n_vocab - vocab_size, -1)))
+    state["transformer.wte.weight"] = state["lm_head.weight"] = wte
+    config = GPTConfig(tok.n_vocab, block_size, n_layer, n_embd // 64, n_embd, gelu="tanh", **ARCHITECTURE)
     return {"model": state, "model_config": asdict(config), "tokenizer": tok.to_dict()}
 
 
-def read_config(path, allowed):
-    """config.json, if there is one, and {key: the values that it may have} -> {key: its value, or else the
-    first of those}. Raises OSError for another value."""
+def check_config(path, expected):
+    """Raises OSError where a config.json, if there is one, has another value than expected (or null)."""
     try:
-        given = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        values = {key: given.get(key, choices[0]) for key, choices in allowed.items()}
+        given = json.loads(path.read_text("utf-8")).items() if path.is_file() else ()
     except (ValueError, AttributeError, RecursionError) as error:
         raise OSError(f"--init-from {path}: not a JSON object of settings ({error})") from None
-    for key, choices in allowed.items():
-        if json.dumps(values[key]) not in map(json.dumps, choices):  # in Python, 2.0 == 2 and True == 1
-            expected = " or ".join(dict.fromkeys(map(json.dumps, choices)))
-            raise OSError(f"--init-from {path}: {key} is {json.dumps(values[key])}, expected {expected}")
-    return values
+    for key, value in given:
+        if key in expected and value not in (None, expected[key]):
+            raise OSError(f"--init-from {path}: {key} is {json.dumps(value)}, expected "
+                          f"{json.dumps(expected[key])}")
 
 
 def save_gpt2(model, tok, folder):
-    """Writes a folder that transformers loads: config.json, generation_config.json, model.safetensors, and
-    the files of save_tokenizer.
-
-    Raises ValueError for a model of another architecture."""
+    """Writes a folder that transformers loads: pytorch_model.bin, config.json, generation_config.json,
+    tokenizer.json and tokenizer_config.json. Raises ValueError for a model of another architecture."""
     c = model.config
-    for name, wanted in (("position", "learned"), ("qk_norm", False), ("token_shift", False), ("bias", True)):
-        if getattr(c, name) != wanted:
-            raise ValueError(f"GPT-2 has {name} {wanted}, this model {getattr(c, name)}; train with --preset "
-                             "toy_gpt2, or with --position learned --no-qk-norm --no-token-shift --bias")
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
-              "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
-              "n_head": c.n_head, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": c.tied,
-              "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
-              "bos_token_id": tok.eot, "eos_token_id": tok.eot}
-    state = {name: w.T if name.endswith(LINEAR) else w for name, w in model.state_dict().items()
-             if not (c.tied and name == "lm_head.weight")}
+    if vars(c) != vars(c) | ARCHITECTURE:
+        raise ValueError("expected a model of GPT-2's architecture: train with --preset toy_gpt2, or with "
+                         "--position learned --no-qk-norm --no-token-shift --bias")
+    ends = {"bos_token_id": tok.eot, "eos_token_id": tok.eot}
+    files = {
+        "config": {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": c.vocab_size,
+                   "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd,
+                   "n_layer": c.n_layer, "n_head": c.n_head, "layer_norm_epsilon": 1e-5,
+                   "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
+                   "tie_word_embeddings": c.tied, **ends},
+        # No sentinel is generated, as in sample.infill.
+        "generation_config": {"suppress_tokens": [i for i in tok.specials if i != tok.eot], **ends},
+        "tokenizer": tokenizer_json(tok),
+        "tokenizer_config": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size,
+            "bos_token": tok.names[tok.eot], "eos_token": tok.names[tok.eot], "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"]}}  # GPT-2 would add token_type_ids up
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    suppressed = [i for i in tok.specials if i != tok.eot]  # as in sample.infill
-    generation = {"bos_token_id": tok.eot, "eos_token_id": tok.eot, "suppress_tokens": suppressed}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=1))
-    write_safetensors(folder / "model.safetensors", state)
-    save_tokenizer(tok, folder, c.block_size)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")
+    torch.save({name: w.T.contiguous() if name.endswith(LINEAR) else w
+                for name, w in model.state_dict().items()}, folder / "pytorch_model.bin")
 
 
-def save_tokenizer(tok, folder, block_size):
-    """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json: the ids of tok for any text.
+def tokenizer_json(tok):
+    """The content of a tokenizer.json that gives the ids of tok for any text. It writes each byte of a token
+    as a letter, and has the pairs of tokens that merge, in order.
 
     Names of special tokens in a text become their ids there, unless one asks for split_special_tokens=True.
     tiktoken merges whichever two neighbours have the joined text of the smallest id, so every way to cut a
@@ -134,28 +123,17 @@ def save_tokenizer(tok, folder, block_size):
         pairs = [(text[:k], text[k:]) for k in range(1, len(text)) if text[:k] in ranks and text[k:] in ranks]
         merges += sorted(pairs, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     as_letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    whole = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+    return {
         "added_tokens": [{"id": i, "content": tok.names[i], "special": True, "single_word": False,
                           "lstrip": False, "rstrip": False, "normalized": False} for i in tok.specials],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
             {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False},
             as_letters]},
         "decoder": as_letters,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+        "model": {"type": "BPE",
                   "ignore_merges": True,  # a piece that is a token stays whole, whatever its parts merge to
                   "vocab": {written[text]: i for text, i in ranks.items()},
                   "merges": [[written[a], written[b]] for a, b in merges]}}
-    eot, mask = tok.names[tok.eot], tok.names[tok.mask]
-    special = {"bos_token": eot, "eos_token": eot, "mask_token": mask,
-               "additional_special_tokens": [tok.names[i] for i in (tok.pre, tok.suf, tok.mid)]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-              "clean_up_tokenization_spaces": False, "add_bos_token": False, **special,
-              "model_input_names": ["input_ids", "attention_mask"]}  # GPT-2 would add token_type_ids up
-    files = {"tokenizer": whole, "tokenizer_config": config, "special_tokens_map": special}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=1), "utf-8")
 
 
 def read_safetensors(path):
@@ -167,19 +145,6 @@ def read_safetensors(path):
     numbers = torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8)
     return {name: numbers[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
             for name, entry in header.items()}
-
-
-def write_safetensors(path, tensors):
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    header = json.dumps(header).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for tensor in tensors.values():
-            f.write(tensor.detach().float().cpu().contiguous().numpy().tobytes())
 
 
 @one_line_errors

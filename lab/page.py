@@ -4,53 +4,25 @@
     python -m lab.page infill page.html --prefix TEXT --suffix TEXT   what each token of an infill attends to
     python -m lab.page infill page.html                               the same, in a function of `programs`
 
-A template in pages/ has a page's style and script; the data stand in it as JSON. To know which token of the
-text each token of a row is, Tracer runs the objectives themselves on ids that remember their place.
+A template in pages/ has a page's style and script; the data stand in it as JSON.
 """
-import base64
 import json
-import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import objectives
 from data import Tokenizer
 from lab.attention import weights
-from lab.corpora import held_out_programs, hole, passes_all
-from objectives import IGNORE, fim_prompt, rows_of_every_objective
-from sample import (Parser, add_sampling, collect, generate, infill_prompt, load_model, newest_run, note,
-                    one_line_errors, pick_device, unescape)
-
-LIMIT = 300_000  # bytes of a page
+from lab.corpora import held_out_programs, hole, passes
+from objectives import IGNORE, PROMPTS, TEXT, rows_of_every_objective
+from sample import (Parser, collect, generate, infill, infill_prompt, load_model, newest_run, note,
+                    one_line_errors, unescape)
 
 
-class Piece(str):
-    """A piece of a text that remembers where the text has it. A slice of a piece is named as objectives.split
-    cuts: text[:a] is the prefix, text[a:b] the middle, text[b:] the suffix."""
-
-    def __new__(cls, text, start=0, part="text"):
-        piece = super().__new__(cls, text)
-        piece.start, piece.part = start, part
-        return piece
-
-    def __getitem__(self, key):
-        if not isinstance(key, slice):
-            return super().__getitem__(key)
-        part = "prefix" if key.start is None else "suffix" if key.stop is None else "middle"
-        return Piece(super().__getitem__(key), self.start + (key.start or 0), part)
-
-    def partition(self, separator):  # a prompt, its end, an answer
-        prompt, end, answer = super().partition(separator)
-        return Piece(prompt, part="prompt"), end, Piece(answer, len(prompt + end), "answer")
-
-    def __add__(self, end):
-        return Piece(super().__add__(end), self.start, self.part)
-
+# One text under every objective
 
 class Token(NamedTuple):
     """id, the part that it belongs to, and its place: bytes start to end of the text (0, 0: in no place)."""
@@ -60,190 +32,131 @@ class Token(NamedTuple):
     end: int = 0
 
 
-class Tracer:
-    """Stands in for a Tokenizer. encode gives each token of a Piece an id of its own, n_vocab + its index in
-    tokens; objectives move and mask such ids as they do others, and origin tells what each was.
-
-    (Places are right for ASCII text, of a byte a character.)"""
-
-    def __init__(self, tok):
-        self.tok, self.tokens = tok, []
-
-    def __getattr__(self, name):  # the special ids
-        return getattr(self.tok, name)
-
-    def encode(self, piece):
-        first, start = self.tok.n_vocab + len(self.tokens), piece.start
-        for i in self.tok.encode(piece):
-            end = start + int(self.tok.n_bytes[i])
-            self.tokens.append(Token(i, piece.part, start, end))
-            start = end
-        return list(range(first, self.tok.n_vocab + len(self.tokens)))
-
-    def decode(self, ids, errors="replace"):
-        tokens = [self.origin(i) for i in ids]
-        text = self.tok.decode([token.id for token in tokens], errors)
-        return Piece(text, tokens[0].start if tokens else 0)
-
-    def origin(self, i):
-        """An id, traced or not -> its Token."""
-        if i >= self.tok.n_vocab:
-            return self.tokens[i - self.tok.n_vocab]
-        return Token(i, "mask" if i == self.tok.mask else "sentinel" if i in self.tok.specials else "text")
-
-
 def objective_rows(text, tok, **settings):
-    """An ASCII text -> a dict for each objective: its name and knobs, and for each position of its row the
-    input's text, id, part and place; what a <MASK> hides; the target as [text, id], or None where IGNORE."""
-    rows, tracer = [], Tracer(tok)
-    for name, knobs, inputs, targets in rows_of_every_objective(Piece(text), tracer, **settings):
+    """A text -> a dict for each objective: its name and knobs, and for each position of its row the input's
+    text, id, part and place; what a <MASK> hides; the target as [text, id], or None where IGNORE."""
+    drawn, rows = list(rows_of_every_objective(text, tok, **settings)), []
+    known = known_rows(text, tok, drawn)
+    for name, knobs, inputs, targets in drawn:
+        same = (row for row in known if len(row) == len(inputs) + 1
+                and all(i in (tok.mask, token.id) for i, token in zip(inputs, row)))
+        unmasked = next(same, [Token(i, "text") for i in inputs.tolist()])  # an objective of your own
         tokens = []
-        before = tok.n_vocab  # what a <MASK> hides: the target one position earlier (first: the first token)
-        for i, target in zip(inputs.tolist(), targets.tolist()):
-            token, place, hides = tracer.origin(i), tracer.origin(i), None
-            if token.part == "mask" and before != IGNORE:
-                place = tracer.origin(before)
-                hides = show(tok, place.id)
-            following = tracer.origin(target).id
-            tokens.append({"text": show(tok, token.id), "id": token.id, "part": token.part,
-                           "start": place.start, "end": place.end, "hides": hides,
-                           "target": None if target == IGNORE else [show(tok, following), following]})
-            before = target
+        for i, target, token in zip(inputs.tolist(), targets.tolist(), unmasked):
+            is_mask = i == tok.mask
+            tokens.append({"text": show(tok, i), "id": i, "part": "mask" if is_mask else token.part,
+                           "start": token.start, "end": token.end,
+                           "hides": show(tok, token.id) if is_mask else None,
+                           "target": None if target == IGNORE else [show(tok, target), target]})
         rows.append({"name": name, "knobs": " ".join(f"{knob}={value}" for knob, value in knobs.items()),
                      "tokens": tokens})
     return rows
 
 
-def draw_infill(path, model, tok, prefix, suffix, **settings):
-    """Writes the page of an infill, before its suffix and before another function's; the settings are those
-    of infill_row. Raises ValueError or OSError."""
-    other = some_holes()[0][2]
-    write_infill(path, [infill_row(model, tok, prefix, after, **settings) for after in (suffix, other)])
+def known_rows(text, tok, drawn):
+    """The rows that objectives make of a text, before any mask, as lists of Tokens. drawn: what
+    rows_of_every_objective yields. With one seed, all FIM objectives cut a text alike."""
+    prompt, end, answer = text.partition(":\n")
+    psm = next(inputs.tolist() for name, _, inputs, _ in drawn if name == "fim_psm")
+    suf, mid = psm.index(tok.suf), psm.index(tok.mid)
+    prefix, suffix, middle = psm[1:suf], psm[suf + 1:mid], psm[mid + 1:]
+    start = text.encode().index(tok.decode_bytes(prefix + middle + suffix))  # an example may be made shorter
+    parts = (place(tok, 0, text=tok.encode(text))
+             | place(tok, 0, prompt=tok.encode(prompt + end), answer=tok.encode(answer))
+             | place(tok, start, prefix=prefix, middle=middle, suffix=suffix))
+    pair = ["prompt", tok.mid, "answer", tok.eot]
+    layouts = [["text", tok.eot], pair, pair + pair]
+    layouts += [[*PROMPTS[name](["prefix"], ["suffix"], tok, **knobs), "middle", tok.eot]
+                for name, knobs, *_ in drawn if name in PROMPTS]
+    parts |= {i: [Token(i, "sentinel")] for i in tok.specials}
+    return [[token for part in layout for token in parts[part]] for layout in layouts]
 
 
-def draw_example(path, model, tok, **settings):
-    """The same for a function of `programs`: the first that the model fills rightly before its own suffix and
-    otherwise before the other, or else the first that it fills rightly, or else the first."""
-    holes, rows, texts = some_holes(), [], []
-    for (prefix, middle, suffix), (*_, other) in zip(holes, holes[1:] + holes[:1]):
-        rows.append([infill_row(model, tok, prefix, after, **settings) for after in (suffix, other)])
-        text = tok.decode(rows[-1][0]["ids"], "ignore")
-        texts.append((prefix + text + suffix, prefix + middle + suffix))
-    right = passes_all(texts)
-    ranks = [(right, right and own["ids"] != other["ids"]) for right, (own, other) in zip(right, rows)]
-    best = ranks.index(max(ranks))
-    write_infill(path, rows[best], "The example is a held-out function of the corpus programs, filled "
-                 f"{'rightly' if right[best] else 'wrongly'} before its own suffix; of {len(right)} tried, "
-                 f"{sum(right)} are right. Chosen: the first right one that another suffix changes, if any.")
+def place(tok, start, **parts):
+    """Parts of a text, lists of ids that follow each other from byte start on -> the same as Tokens."""
+    placed = {part: [] for part in parts}
+    for part, ids in parts.items():
+        for i in ids:
+            end = start + int(tok.n_bytes[i])
+            placed[part].append(Token(i, part, start, end))
+            start = end
+    return placed
 
 
-def some_holes(n=8):
+# What each token of an infill attends to
+
+@torch.no_grad()
+def infill_row(model, tok, prefix, suffix):
+    """Fills a hole greedily -> a dict of lists. Of prompt and infill, T tokens: parts and tokens, as texts.
+    Of the infill, n tokens: their probabilities p, P(<EOT>) in their places, and attention (L, H, n, T-1), in
+    ten-thousandths, from the position before each, where it is predicted. Raises ValueError."""
+    def with_parts(prefix, suffix):
+        return model.prompt([(i, "prefix") for i in prefix], [(i, "suffix") for i in suffix])
+
+    max_new_tokens = min(64, model.config.block_size // 4)
+    prompt = infill_prompt(model, tok, prefix, suffix, max_new_tokens,
+                           with_parts if hasattr(model, "prompt") else None, note)
+    ids, parts = zip(*[i if isinstance(i, tuple) else (i, "sentinel") for i in prompt])
+    steps = generate(model, torch.tensor([ids]), max_new_tokens, temperature=0.0, stop=tok.eot,
+                     allowed=tok.eot + 1)
+    (middle, _), = collect(steps, tok)
+    ids, n = [*ids, *middle], len(middle)
+    idx = torch.tensor([ids[:-1]])                                              # (1, T-1)
+    p = model(idx)[0][0, -n:].softmax(-1)                                       # (n, V)
+    attention = weights(model, idx)[0, :, :, -n:]                               # (L, H, n, T-1)
+    return {"parts": [*parts, *["middle"] * n], "tokens": [show(tok, i) for i in ids],
+            "p": p[range(n), middle].tolist(), "p_eot": p[:, tok.eot].tolist(),
+            "attention": (10_000 * attention).round().int().tolist()}
+
+
+def some_holes(n):
     """n held-out functions of `programs`, a line out of each: [(prefix, middle, suffix)], no part empty."""
     rng = np.random.default_rng(0)
     return [parts for document in held_out_programs(5 * n, seed=1)
             if (parts := hole(document, "line", rng))[2]][:n]
 
 
-@torch.no_grad()
-def infill_row(model, tok, prefix, suffix, max_new_tokens, prompt=None, warn=None, **sampling):
-    """Fills a hole, with the settings of sample.infill -> a dict of lists. Of prompt and infill, T tokens:
-    parts and tokens, as texts. Of the infill, n tokens: ids, their probabilities p, P(<EOT>) in their places,
-    and attention (L, H, n, T-1) from the position before each, where it is predicted. Raises ValueError."""
-    prompt, parts = prompt or getattr(model, "prompt", None), []
-
-    def traced(*texts):  # a prompt is laid out alike, whatever its tokens are: here, names of their parts
-        names = prompt(*([name] * len(ids) for name, ids in zip(("prefix", "suffix"), texts)))
-        parts.extend(name if isinstance(name, str) else "sentinel" for name in names)
-        return prompt(*texts)
-
-    ids = infill_prompt(model, tok, prefix, suffix, max_new_tokens, prompt and traced, warn)
-    idx = torch.tensor([ids], device=next(model.parameters()).device)           # (1, T-n)
-    steps = generate(model, idx, max_new_tokens, stop=tok.eot, allowed=tok.eot + 1, **sampling)
-    (middle, _), = collect(steps, tok)
-    ids, n = [*ids, *middle], len(middle)
-    idx = torch.tensor([ids[:-1]], device=idx.device)                           # (1, T-1)
-    p = F.softmax(model(idx)[0][0, -n:].double(), dim=-1).cpu().numpy()         # (n, V)
-    return {"parts": [*parts, *["middle"] * n], "tokens": [show(tok, i) for i in ids], "ids": middle,
-            "p": p[np.arange(n), middle].round(4).tolist(), "p_eot": p[:, tok.eot].round(4).tolist(),
-            "attention": weights(model, idx)[0, :, :, -n:].float().cpu().numpy()}
-
-
-def write_infill(path, rows, about=""):
-    """Writes what infill_row returned for the own suffix and another. The page opens on the layer whose mean
-    over heads has the largest weight on one token of the own suffix, for the infill's first token. The
-    smallest weights are left out where the page would be larger than LIMIT."""
-    mean, is_suffix = rows[0]["attention"][:, :, 0].mean(1), np.array(rows[0]["parts"]) == "suffix"
-    layer = int((mean * is_suffix[:-1]).max(1).argmax())                        # mean: (L, T-1)
-    for least in (0, *(0.0005 * 2**k for k in range(12))):
-        packed_rows = [row | {"attention": packed(row["attention"], least)} for row in rows]
-        page = fill("infill", {"about": about, "layer": layer, "least": least, "rows": packed_rows})
-        if len(page.encode()) <= LIMIT:
+def example(model, tok):
+    """The first of eight held-out functions that the model fills rightly, else the last -> prefix, suffix."""
+    for prefix, middle, suffix in some_holes(9)[1:]:
+        best, = infill(model, tok, prefix, suffix)
+        if passes(prefix + best.text + suffix, prefix + middle + suffix):
             break
-    write(path, page)
+    return prefix, suffix
 
 
-def packed(attention, least):
-    """Weights (L, H, n, T) in ten-thousandths, 0 below least, as JSON, compressed, in base64."""
-    kept = np.where(attention >= least, attention, 0)
-    numbers = json.dumps((10_000 * kept).round().astype(int).tolist(), separators=(",", ":"))
-    return base64.b64encode(zlib.compress(numbers.encode())).decode()
-
+# Both pages
 
 def show(tok, i):
-    """An id -> its text. Bytes that are no whole character and what does not print are shown as in Python's
-    source; line ends stay."""
-    if i in tok.names:
-        return tok.names[i]
-    text = tok.decode_bytes([i]).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """An id -> its text; bytes that are no whole character as in Python's source."""
+    return tok.names[i] if i in tok.names else tok.decode([i], "backslashreplace")
 
 
-def fill(template, data):
-    """The page: a template with the data in it, no text of which can end the <script> that they stand in."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    file = Path(__file__).with_name("pages") / f"{template}.html"
-    return file.read_text(encoding="utf-8").replace("{{data}}", text)
-
-
-def write(path, page):
-    try:
-        Path(path).write_text(page, encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise OSError(f"{path}: could not be written ({error.strerror})") from None
-    print(f"{path}: {len(page.encode()) / 1000:.0f} kB, for any browser")
+def write(path, template, rows):
+    """Writes the page: a template with the data in it, no text of which can end the <script> around them."""
+    page = (Path(__file__).parent / "pages" / f"{template}.html").read_text("utf-8")
+    Path(path).write_text(page.replace("{{data}}", json.dumps(rows).replace("<", "\\u003c")), "utf-8")
+    print(f"written: {path}")
 
 
 @one_line_errors
 def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    pages = parser.add_subparsers(dest="page", required=True, metavar="objectives|infill", prog=parser.prog)
-    for name in ("objectives", "infill"):
-        page = pages.add_parser(name)
-        page.add_argument("file", metavar="FILE.html", help="where the page is written")
-    page.add_argument("--prefix", type=unescape, default="", metavar="TEXT",
-                      help="text before the hole (default: with no suffix either, a function of programs)")
-    page.add_argument("--suffix", type=unescape, default="", metavar="TEXT", help="text after the hole")
-    page.add_argument("--order", choices=("psm", "spm"), help="of infilling, for a model trained in both")
-    add_sampling(page)
+    parser.add_argument("page", choices=("objectives", "infill"))
+    parser.add_argument("file", metavar="FILE.html", help="where the page is written")
+    parser.add_argument("--prefix", type=unescape, default="", metavar="TEXT",
+                        help="text before the hole (default: with no suffix either, a function of programs)")
+    parser.add_argument("--suffix", type=unescape, default="", metavar="TEXT", help="text after the hole")
+    parser.add_argument("--ckpt", metavar="DIR", help="a run's folder (default: the newest under out/)")
     args = parser.parse_args(arguments)
     if args.page == "objectives":
         source = Path(objectives.__file__).read_text(encoding="utf-8")
-        tok = Tokenizer.train([source, objectives.TEXT * 9], 600)  # as `python objectives.py` does
-        return write(args.file, fill("objectives", {"rows": objective_rows(objectives.TEXT, tok)}))
-    if args.n > 1:
-        raise ValueError(f"--n {args.n}: expected one infill")
-    model, tok, checkpoint = load_model(args.ckpt or newest_run(), pick_device(args.device))
-    knobs, prompt = checkpoint["config"]["knobs"], None
-    if args.order:
-        if "spm_rate" not in knobs:
-            raise ValueError(f"--order {args.order}: expected a model of fim or fim_meap, which have both")
-        prompt = partial(fim_prompt, tok=tok, order=args.order, spm_layout=knobs["spm_layout"])
-    settings = {"max_new_tokens": args.max_new_tokens, "prompt": prompt, "top_k": args.top_k,
-                "top_p": args.top_p, "temperature": args.temperature or 0.0, "seed": args.seed}
-    if args.prefix or args.suffix:
-        draw_infill(args.file, model, tok, args.prefix, args.suffix, warn=note, **settings)
-    else:
-        draw_example(args.file, model, tok, **settings)
+        tok = Tokenizer.train([source, TEXT * 9], 600)  # as `python objectives.py` does
+        return write(args.file, "objectives", objective_rows(TEXT, tok))
+    model, tok, _ = load_model(args.ckpt or newest_run())
+    prefix, suffix = (args.prefix, args.suffix) if args.prefix or args.suffix else example(model, tok)
+    (_, _, other), = some_holes(1)
+    write(args.file, "infill", [infill_row(model, tok, prefix, after) for after in (suffix, other)])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import hashlib
 import json
 import textwrap
 from collections import defaultdict
-from functools import lru_cache
 
 import numpy as np
 
@@ -36,9 +35,8 @@ def prepare_pairs(source, tokenizer, vocab_size, tok, objective, block_size, bat
     training, held_out = load_pairs(source, cache_dir)
     name = hashlib.sha256(json.dumps([training, held_out]).encode()).hexdigest()[:16]
     tok = tok or make_tokenizer(tokenizer, vocab_size, (text for pair in training for text in pair))
-    training, held_out = encode_pairs(training, tok), encode_pairs(held_out, tok)
     batches = PairBatches(training, objective, tok, block_size, batch_size, seed)
-    examples, _, _ = fit_examples(held_out, tok, block_size)
+    examples = fit_examples(held_out, tok, block_size)
     rows = pack([len(ids) for ids in examples], block_size)
 
     def held_out_rows(n):
@@ -53,39 +51,34 @@ def load_pairs(source, cache_dir="cache"):
 
     5% are held out by a hash of the pair; of functions by a hash of the file they stand in, so that a model
     trained on the standard library has not read them."""
-    if source in ("stdlib", "site-packages"):
-        raise ValueError(f"--data {source}: plain text; expected functions, or a .jsonl or .json of pairs")
     if source == "functions":
-        with_key = function_pairs()
+        with_key = ((pair, text) for text in load_documents("stdlib") for pair in function_pairs(text))
     elif source.partition(":")[0] == "programs":
         documents = read_files(source_files(source, cache_dir))
-        with_key = [((text[:(start := body_start(text))], text[start:]), key) for text, key in documents]
+        with_key = (((text[:(start := body_start(text))], text[start:]), key) for text, key in documents)
     else:
-        with_key = [(pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path)]
-    held_out = {key: is_held_out(key) for key in {key for _, key in with_key}}
-    training = [pair for pair, key in with_key if not held_out[key]]
+        with_key = ((pair, "\0".join(pair)) for path in source_files(source) for pair in read_pairs(path))
+    training, held_out = [], []
+    for pair, key in with_key:
+        (held_out if is_held_out(key) else training).append(pair)
     if not training:
         raise ValueError(f"--data {source}: no pairs to train on in it")
-    return training, [pair for pair, key in with_key if held_out[key]]
+    return training, held_out
 
 
-@lru_cache(maxsize=1)
-def function_pairs():
-    """The functions of the standard library that have a docstring: [((prompt, answer), text of the file)]."""
-    pairs = []
-    for text in load_documents("stdlib"):
-        try:
-            nodes = list(ast.walk(ast.parse(text)))
-        except (SyntaxError, RecursionError):  # a file of another Python
-            continue
-        lines = lines_of(text)
-        for node in nodes:
-            is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-            if is_function and ast.get_docstring(node) and node.body[1:]:
-                code = lines_of(textwrap.dedent("".join(lines[node.lineno - 1:node.end_lineno])))
-                n = node.body[0].end_lineno - node.lineno + 1
-                pairs.append((("".join(code[:n]), "".join(code[n:])), text))
-    return pairs
+def function_pairs(text):
+    """Yields (prompt, answer) of each function of a Python file that has a docstring."""
+    try:
+        nodes = ast.walk(ast.parse(text))
+    except (SyntaxError, RecursionError):  # a file of another Python
+        return
+    lines = lines_of(text)
+    for node in nodes:
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if is_function and ast.get_docstring(node) and node.body[1:]:
+            code = lines_of(textwrap.dedent("".join(lines[node.lineno - 1:node.end_lineno])))
+            n = node.body[0].end_lineno - node.lineno + 1
+            yield "".join(code[:n]), "".join(code[n:])
 
 
 def read_pairs(path):
@@ -117,21 +110,16 @@ def pairs_of(record):
             for i, turn in enumerate(turns) if i and turn["from"] not in ("human", "user", "system")]
 
 
-def encode_pairs(pairs, tok):
-    """[(prompt, answer)] as texts -> the same as lists of ids."""
-    return [(tok.encode(prompt), tok.encode(answer)) for prompt, answer in pairs]
-
-
 def fit_examples(pairs, tok, block_size):
-    """Pairs of ids -> (examples, how many of them had a prompt cut on its left, how many pairs were left
-    out). An example has at most block_size // 2 ids; a pair whose answer alone has more is left out."""
-    examples, n_cut = [], 0
+    """(prompt, answer), texts -> examples of at most block_size // 2 ids. A longer prompt loses its start; a
+    pair whose answer alone is longer is left out."""
+    examples = []
     for prompt, answer in pairs:
+        prompt, answer = tok.encode(prompt), tok.encode(answer)
         room = block_size // 2 - len(answer) - 2  # for the prompt, beside <MID> and <EOT>
         if room >= 0:
-            n_cut += len(prompt) > room
             examples.append(np.array([*prompt[max(0, len(prompt) - room):], tok.mid, *answer, tok.eot]))
-    return examples, n_cut, len(pairs) - len(examples)
+    return examples
 
 
 def lay_out(examples, objective, tok, T, rng):
@@ -161,33 +149,30 @@ def pack(lengths, T):
 
 
 class PairBatches(Batches):
-    """data.Batches of pairs of ids: batch(number) -> (inputs, targets), int64 arrays (B, T), a pure function
-    of (seed, number). Examples are packed into rows once; each epoch draws an order of the rows, and each row
-    its masks, afresh. stream: the examples. n_windows: rows in an epoch."""
+    """data.Batches of pairs of texts: batch(number) -> (inputs, targets), int64 arrays (B, T), a pure
+    function of (seed, number). Examples are packed into rows once; each epoch draws an order of the rows, and
+    each row its masks, afresh. stream: the examples. n_windows: rows in an epoch."""
 
     def __init__(self, pairs, objective, tok, block_size, batch_size, seed):
         self.objective, self.tok, self.seed = objective, tok, seed
         self.T, self.B = block_size, batch_size
-        self.stream, self.n_cut, self.n_left_out = fit_examples(pairs, tok, block_size)
+        self.stream = fit_examples(pairs, tok, block_size)
         if not self.stream:
             raise ValueError(f"--block-size {block_size}: expected one whose half holds an answer")
+        self.n_left_out = len(pairs) - len(self.stream)
         # the masks differ from draw to draw, the length does not; 1 is for the separator
         lengths = [len(objective(ids, tok, np.random.default_rng(0))[0]) + 1 for ids in self.stream]
-        self.n_copied = sum(length > len(ids) for length, ids in zip(lengths, self.stream))
         self.rows = pack(lengths, block_size)
         self.n_windows = len(self.rows)
-        self.epoch = lru_cache(maxsize=2)(self.draw_epoch)
+        self.n_copied = sum(length > len(ids) + 1 for length, ids in zip(lengths, self.stream))
 
     def describe(self):
-        n = len(self.stream)
-        return (f"{n:,} pairs to train on in {self.n_windows:,} rows, {self.n_copied / n:.0%} with a masked "
-                f"copy, {self.n_cut / n:.0%} with a cut prompt; {self.n_left_out:,} do not fit half a row")
-
-    def draw_epoch(self, epoch):
-        return np.random.default_rng([self.seed, epoch, 0]).permutation(self.n_windows)
+        return (f"{len(self.stream):,} pairs to train on in {self.n_windows:,} rows, {self.n_copied:,} "
+                f"with a masked copy; {self.n_left_out:,} do not fit half a row")
 
     def row(self, index):
         """Row number index of the run, counted over the whole run."""
-        numbers = self.rows[self.epoch(index // self.n_windows)[index % self.n_windows]]
+        order = np.random.default_rng([self.seed, index // self.n_windows, 0]).permutation(self.n_windows)
         rng = np.random.default_rng([self.seed, index, 1])
-        return lay_out([self.stream[i] for i in numbers], self.objective, self.tok, self.T, rng)
+        examples = [self.stream[i] for i in self.rows[order[index % self.n_windows]]]
+        return lay_out(examples, self.objective, self.tok, self.T, rng)

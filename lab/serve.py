@@ -229,9 +229,6 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content if isinstance(content, bytes) else compact(content).encode())
 
-    def send_error(self, code, message=None, explain=None):  # what http.server refuses, in JSON, not HTML
-        self.answer(error_content(str(message), code), code)
-
     def handle(self):
         with suppress(OSError):  # the client has gone
             super().handle()

@@ -95,8 +95,6 @@ def read_documents(path):
         prompt = ("Write a high-quality answer for the given question using only the provided search results "
                   "(some of which might be irrelevant).\n\n" + "\n".join(texts) +
                   "\n\nQuestion: " + r["question"] + "\nAnswer:")
-        if not r["answers"] or not all(isinstance(answer, str) for answer in r["answers"]):
-            raise TypeError
-        return prompt, r["answers"]
+        return prompt, [answer + "" for answer in r["answers"]]
 
     return read_file(path, "--documents", question, "a question, answers, and ctxs with a text each")

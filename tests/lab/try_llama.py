@@ -9,12 +9,12 @@ converter knows splitting patterns from a list, in which ours is not. Here it is
 differs in endings such as 's and in runs of line ends alone. llama.cpp needs merges: a run with `--tokenizer
 bytes` has none. pytest does not run it.
 """
-import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -42,14 +42,11 @@ def ask(path, **content):
     return json.load(urlopen(request, timeout=60))
 
 
-def wait_for(server):
+def wait_for_server():
     for _ in range(300):
-        try:
+        with suppress(URLError):  # it still loads the model
             return urlopen(f"{URL}/health").close()
-        except URLError:  # it still loads the model
-            if server.poll() is not None:
-                sys.exit(f"llama-server ended with status {server.returncode}")
-            time.sleep(0.1)
+        time.sleep(0.1)
     sys.exit("llama-server did not answer within 30 s")
 
 
@@ -66,34 +63,29 @@ def main(run, llama_cpp, n=20, n_tokens=32):
         save_gpt2(model, tok, folder)
         gguf = Path(folder, "model.gguf")
         subprocess.run([sys.executable, "-c", CONVERT, llama_cpp, folder, "--outfile", gguf, "--outtype",
-                        "f32"], check=True, capture_output=True)
+                        "f32"], check=True)
         server = subprocess.Popen(
             [Path(llama_cpp, "build/bin/llama-server"), "-m", gguf, "--port", URL[-4:], "-np", "1", "-c",
              str(model.config.block_size), "-ctk", "f32", "-ctv", "f32", "-fa", "off",
              *["--spm-infill"] * (order == "spm")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            wait_for(server)
-            same_ids = same_text = same_prefix = 0
+            wait_for_server()
+            same_ids = same_text = 0
             for (prefix, _, suffix), prompt, ids in zip(holes, prompts, ours):
                 before, after = tok.decode(prefix), tok.decode(suffix)
                 by_ids = ask("/completion", prompt=prompt, return_tokens=True, **greedy)["tokens"]
                 by_text = ask("/infill", input_prefix=before, input_suffix=after, **greedy)["content"]
                 same_ids += [i for i in by_ids if i != tok.eot] == ids
                 same_text += by_text == tok.decode(ids)
-                same_prefix += ask("/tokenize", content=before)["tokens"] == tok.encode(before)
         finally:
             server.terminate()
             server.wait()
     print(f"{order}: with prompts as ids {same_ids} of {n} greedy infills have our tokens; with "
-          f"prompts as text {same_text} have our text, and {same_prefix} prefixes our tokens")
+          f"prompts as text {same_text} have our text")
     return same_ids == n
 
 
 if __name__ == "__main__":
-    missing = [name for name in ("transformers", "gguf") if not importlib.util.find_spec(name)]
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    if missing:
-        print(f"skipped: needs {', '.join(missing)}")
-    else:
-        sys.exit(not main(*sys.argv[1:]))
+    sys.exit(not main(*sys.argv[1:]))
