@@ -36,7 +36,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-GENERATED = ("markov", "relay", "records", "haystack", "chains", "programs")  # --data names of lab/corpora.py
+GENERATED = ("markov", "records", "rare", "haystack", "chains", "programs")  # --data names of lab/corpora.py
 HELD_OUT = 0.05
 SKIP_FOLDERS = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
 # --data stdlib is without these modules, whose many doctests can judge a model. So are all figures in docs/.

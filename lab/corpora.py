@@ -1,23 +1,22 @@
 """Generated corpora whose truth is known, so that a model can be held against an exact answer.
 
     python train.py --objective fim --data markov --tokenizer bytes          20,000 documents
-    python train.py --objective meap --data relay:50000 --vocab-size 512     a stated number
+    python train.py --objective meap --data records:50000 --vocab-size 512   a stated number
     python -m lab.corpora                                                    prints a document of each
 
     name       a document                                        its truth
     markov     8 to 32 letters, each drawn given the one before  entropy, P(next letter) and P(<EOT>) given a
                                                                  suffix: class Markov
-    relay      17 fox fig owl   line number, giver, gift, taker: errors(text): each statement that is wrong
-               18 owl tea hen   the taker gives next; a giver's
-               19 hen ...       gift stays the same
     records    = fox fig        2 to 8 records, key and value,   questions(text): what follows each "? key"
                = owl tea        then 8 questions with their
                ? fox fig        answers
+    rare       - fox fig        records, once in four documents; questions(text)
+               - owl tea        else lines never asked for
     haystack   = fox fig        2 to 6 records among 4 to 16     questions(text)
                - owl tea        lines that are never asked for,
                ? fox fig        then 8 questions
     chains     = fox owl        a value may stand one, two or    questions(text), with the number of hops
-               = owl tea        three hops away
+               = owl tea        three hops away; 4 questions
                ? fox tea
     programs   a short Python function with a docstring  passes(text, document): does a text do what the
                and two doctest examples                  document's function does; hole(...): what to fill
@@ -129,21 +128,17 @@ def markov(rng):
     return MARKOV.text(rng)
 
 
-def relay(rng):
-    animals, gifts = rng.choice(ANIMALS, 8, replace=False), rng.choice(GIFTS, 8, replace=False)
-    first, giver, lines = int(rng.integers(1, 60)), 0, []
-    for number in range(first, first + int(rng.integers(16, 41))):
-        taker = (giver + int(rng.integers(1, 8))) % 8
-        lines.append(f"{number} {animals[giver]} {gifts[giver]} {animals[taker]}\n")
-        giver = taker
-    return "".join(lines)
-
-
 def records(rng):
     n = int(rng.integers(2, 9))
     keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
     facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
     return "".join(facts + [f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 8)])
+
+
+def rare(rng):
+    if rng.random() < 0.25:
+        return records(rng)
+    return "".join(f"- {key} {value}\n" for key, value in zip(rng.choice(ANIMALS, 13), rng.choice(GIFTS, 13)))
 
 
 def haystack(rng):
@@ -157,40 +152,15 @@ def haystack(rng):
 
 
 def chains(rng):
-    """Four chains of one to three hops; their records are shuffled, and each chain is asked for twice."""
+    """Four chains of one to three hops; their records are shuffled. Each is asked for once: a second answer
+    could be copied from the first."""
     keys, values = rng.permutation(ANIMALS).tolist(), rng.choice(GIFTS, 4, replace=False)
     facts, questions = [], []
     for value in values:
         chain = [keys.pop() for _ in range(rng.integers(1, 4))]
         facts += [f"= {key} {to}\n" for key, to in zip(chain, [*chain[1:], value])]
         questions.append(f"? {chain[0]} {value}\n")
-    return "".join([*rng.permutation(facts), *rng.permutation(2 * questions)])
-
-
-class Error(NamedTuple):
-    """A line of a relay text that is wrong: its number from 0, and in what: form, number, giver or gift."""
-    line: int
-    what: str
-
-
-def errors(text):
-    """The checker of relay: list[Error] of a text, empty if every line is right given those before it."""
-    wrong, gifts, before = [], {}, None
-    for i, line in enumerate(text.removesuffix("\n").split("\n") if text else ()):
-        match = re.fullmatch(r"(\d+) ([a-z]+) ([a-z]+) ([a-z]+)", line)
-        if not match:
-            wrong.append(Error(i, "form"))
-            before = None
-            continue
-        number, giver, gift, taker = match.groups()
-        if before and int(number) != before[0] + 1:
-            wrong.append(Error(i, "number"))
-        if before and giver != before[1]:
-            wrong.append(Error(i, "giver"))
-        if gifts.setdefault(giver, gift) != gift:
-            wrong.append(Error(i, "gift"))
-        before = int(number), taker
-    return wrong
+    return "".join([*rng.permutation(facts), *rng.permutation(questions)])
 
 
 class Question(NamedTuple):
@@ -523,8 +493,8 @@ def passes_all(pairs, at_once=50):
         return [passed for chunk in chunks for passed in chunk]
 
 
-CORPORA = {"markov": markov, "relay": relay, "records": records, "haystack": haystack,
-           "chains": chains, "programs": programs}
+CORPORA = {"markov": markov, "records": records, "rare": rare, "haystack": haystack, "chains": chains,
+           "programs": programs}
 
 
 def documents(name, n, seed):

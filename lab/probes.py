@@ -12,8 +12,8 @@ import numpy as np
 
 from data import is_held_out, lines_of, load_documents
 from lab.attention import compare, received, shares
-from lab.corpora import (LETTERS, LONGEST, MARKOV, SHORTEST, documents, errors, held_out_programs, hole,
-                         passes_all, questions)
+from lab.corpora import (LETTERS, LONGEST, MARKOV, SHORTEST, documents, held_out_programs, hole, passes_all,
+                         questions)
 from lab.evaluate import continuations, score
 from objectives import fim_prompt, mask, split
 from sample import best_first
@@ -165,56 +165,28 @@ def on_programs(model, tok, knobs, is_last, n=150):
     return out
 
 
-def on_relay(model, tok, knobs, is_last):
-    """recall: gifts recalled, as a share; at the end, contradictions."""
-    recalled = []
-    for ids, is_right in argmax_is_right(model, tok, documents("relay", 64, seed=1)):
-        givers = [line.split()[1] for line in lines_of(tok.decode(ids))[:-1]]
-        recalled += [is_right[5 * i + 2] for i, giver in enumerate(givers) if giver in givers[:i]]
-    return {"recall": np.mean(recalled)} | (contradictions(model, tok) if is_last else {})
-
-
-def contradictions(model, tok, n=400):
-    """Contextual hallucination without a judge: the model goes on after the first ten lines of a document. Of
-    the lines whose giver was there before, the share that name another gift."""
-    given = ["".join(lines_of(text)[:10]) for text in documents("relay", n, seed=3)]
-    drawn = continuations(model, tok, [[tok.eot, *tok.encode(text)] for text in given], 100, 1, 1.0)
-    wrong = known = 0
-    for text, ((ids, _),) in zip(given, drawn):
-        whole = lines_of(text + tok.decode(ids))
-        whole = whole if ids[-1] == tok.eot else whole[:-1]  # the last line may be unfinished
-        wrong += sum(error.what == "gift" and error.line >= 10 for error in errors("".join(whole)))
-        givers = [line.split()[1] if len(line.split()) == 4 else None for line in whole]
-        known += sum(giver is not None and giver in givers[:i] for i, giver in enumerate(givers) if i >= 10)
-    return {"contradictions": wrong / max(1, known)}
-
-
-def argmax_is_right(model, tok, texts):
-    """For each text (its first ids, as many as the context holds): ids, and where each is the likeliest."""
-    rows = [tok.encode(text)[:model.config.block_size] for text in texts]
-    scores = score(model, [([tok.eot], ids) for ids in rows])
-    return [(ids, s.likeliest == ids) for ids, s in zip(rows, scores)]
-
-
-def on_questions(model, tok, knobs, is_last, corpus):
-    """Questions answered, as a share: all (recall), by number of hops, and far: of those whose record is in
-    the farther half. learned: 80% of all are answered, and of those far away."""
-    results = []
+def on_questions(model, tok, knobs, is_last, corpus, enough=0.8):
+    """Questions answered, as a share: all (recall), those of several hops, and far: of those whose record is
+    in the farther half. wrong: the share of answers, drawn at temperature 1, that are not the record's.
+    learned: a share of `enough` is answered, of all and of those far away."""
     texts = documents(corpus, 100, seed=1)
-    for text, (_, is_right) in zip(texts, argmax_is_right(model, tok, texts)):
+    rows = [tok.encode(text)[:model.config.block_size] for text in texts]
+    results = []
+    for text, ids, s in zip(texts, rows, score(model, [([tok.eot], ids) for ids in rows])):
         for q in questions(text):
             start = len(tok.encode(text[:q.start]))
             end = len(tok.encode(text[:q.start] + " " + q.answer))
-            if end <= len(is_right):  # within the context
-                results.append((q, bool(is_right[start:end].all())))
-    half = np.median([q.distance for q, _ in results])
+            if end <= len(ids):  # within the context
+                results.append((q, s.likeliest[start:end] == ids[start:end], s.log_p[start:end].sum()))
+    half = np.median([q.distance for q, *_ in results])
     groups = defaultdict(list)
-    for q, is_right in results:
+    for q, is_right, _ in results:
         groups["recall"].append(is_right)
-        groups[f"hops_{q.hops}"].append(is_right)
+        groups["several_hops" if q.hops > 1 else "one_hop"].append(is_right)
         groups["far" if q.distance > half else "near"].append(is_right)
     out = {name: np.mean(answers) for name, answers in groups.items()}
-    return out | {"learned": min(out["recall"], out["far"]) >= 0.8}
+    return out | {"wrong": np.mean([1 - np.exp(log_p) for *_, log_p in results]),
+                  "learned": min(out["recall"], out["far"]) >= enough}
 
 
 def attention_change(plain_model, masked_model, tok, n=64, T=64):
@@ -241,25 +213,28 @@ def attention_change(plain_model, masked_model, tok, n=64, T=64):
 
 
 def on_answers(model, tok, knobs, is_last):
-    """Of fine-tuned models: the share of gifts that are named rightly in answers to questions on relay."""
-    pairs = [(tok.encode(prompt), tok.encode(answer)) for prompt, answer in gift_questions(100, seed=7)]
+    """Of fine-tuned models: the share of keys that are named rightly in answers to turned_round."""
+    pairs = [(tok.encode(prompt), tok.encode(answer)) for prompt, answer in turned_round(100, seed=7)]
     scores = score(model, [([*prompt, tok.mid], answer) for prompt, answer in pairs])
-    # An answer is giver, gift, giver, gift ...
+    # An answer is value, key, value, key ...
     right = [s.likeliest[1::2] == answer[1::2] for s, (_, answer) in zip(scores, pairs)]
     return {"recall": np.concatenate(right).mean()}
 
 
-def gift_questions(n, seed):
-    """n pairs for fine-tuning: sixteen lines of relay and "?" -> every giver and its gift, the last first."""
+def turned_round(n, seed):
+    """n pairs for fine-tuning: the records of a document and "?" -> each value and its key, the last first.
+    The base model has learned to find a value by its key, not a key by its value."""
     pairs = []
-    for text in documents("relay", n, seed):
-        lines = lines_of(text)[:16]
-        gifts = dict(line.split()[1:3] for line in reversed(lines))
-        pairs.append(("".join(lines) + "?", "".join(f" {giver} {gift}" for giver, gift in gifts.items())))
+    for text in documents("records", n, seed):
+        facts = text[:text.index("?")]
+        pairs.append((f"{facts}?", "".join(f" {word}" for word in reversed(facts.split()) if word != "=")))
     return pairs
 
 
 # The probe of an arm, by the first word of its name.
 PROBES = {"markov": on_markov, "stdlib": on_stdlib, "repeat": on_stdlib, "programs": on_programs,
-          "relay": on_relay, "answers": on_answers,
-          **{corpus: partial(on_questions, corpus=corpus) for corpus in ("records", "haystack", "chains")}}
+          "answers": on_answers, "rare": partial(on_questions, corpus="records"),
+          **{corpus: partial(on_questions, corpus=corpus) for corpus in ("records", "haystack")},
+          # runs of a fixed length
+          "settled": partial(on_questions, corpus="records", enough=math.inf),
+          "chains": partial(on_questions, corpus="chains", enough=math.inf)}

@@ -1,6 +1,6 @@
 """What lab/claims.py runs on: trainings with many seeds, and verdicts on their figures.
 
-    arm      flags of train.py; a run is an arm with a seed, such as markov-ntp-1, and a folder of train.py
+    arm      flags of train.py; a run is an arm with a seed, such as markov-ntp-201, and a folder of train.py
     check    a number for each seed, and the region in which a claim says that its mean lies
     verdict  holds     the whole 90% interval of the mean lies in that region
              fails     all of it lies outside: there is no difference as large as the one that would matter
@@ -12,9 +12,10 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -175,51 +176,40 @@ def train_run(run, arms, out):
     return figures[-1]
 
 
-def train_all(r, jobs, module, at_once=6):
-    """Trains every run of some Results that is not finished: `jobs` processes at a time, each with one thread
-    and up to at_once short runs; a base before what starts from it. Ctrl-C stops; the same call goes on.
+def logged_run(run, arms, out):
+    """train_run, with what it prints in a file."""
+    with open(Path(out, f"{run}.log"), "w") as log, redirect_stdout(log), redirect_stderr(log):
+        train_run(run, arms, out)
 
-    Raises OSError where a run fails."""
-    arms, out, left, cost = r.arms, r.out, [], {}  # left: lists of runs of an arm; cost: about as its time
-    for name, arm in arms.items():
+
+def train_all(r, jobs):
+    """Trains every run of some Results that is not finished, in `jobs` processes of one thread each; last
+    those that start from another run. Ctrl-C stops; the same call goes on. Raises OSError where a run
+    fails."""
+    left, started = {}, time.time()  # {run: its cost, about as its time}
+    for name, arm in r.arms.items():
         given, _ = train.settings_parser("ntp").parse_known_args(arm.flags.split())
-        runs = [run for run in r.runs(name) if not is_finished(run, arms, out)]
         tokens = given.steps * given.batch_size * given.block_size * arm.share
-        cost |= dict.fromkeys(runs, tokens * given.n_layer * given.n_embd)
-        size = at_once if arm.share < 1 else 1
-        left += [runs[i:i + size] for i in range(0, len(runs), size)]
-    n_runs, todo, at_work, started = len(cost), dict(cost), {}, time.time()
+        left |= {run: tokens * given.n_layer * given.n_embd for run in r.runs(name)
+                 if not is_finished(run, r.arms, r.out)}
+    n_runs, in_all = len(left), sum(left.values())
     print(f"{n_runs} runs, {jobs} at a time", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"))
     try:
-        while left or at_work:
-            ready = (runs for runs in left if not any(f"/{base} " in f"{command(runs[0], arms, out)} "
-                                                      for base in todo if base != runs[0]))
-            if len(at_work) < jobs and (runs := next(ready, None)):
-                left.remove(runs)
-                with open(Path(out, f"{runs[0]}.log"), "w") as log:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", module, "--out", str(out), "--run", *runs], stdout=log,
-                        stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-                at_work[process] = runs
-                print(f"  now: {', '.join(f'{r[0]}...{r[-1]}' if r[1:] else r[0] for r in at_work.values())}",
-                      flush=True)
-                continue
-            time.sleep(0.3)
-            for process, runs in list(at_work.items()):
-                has_ended = process.poll() is not None  # asked first: what it wrote last is then seen below
-                for run in runs:
-                    if run in todo and is_finished(run, arms, out):
-                        del todo[run]
-                        done = sum(cost.values()) - sum(todo.values())
-                        minutes = (time.time() - started) / 60
-                        print(f"{n_runs - len(todo)} of {n_runs}: {run}; {minutes:.0f} min, about "
-                              f"{minutes * sum(todo.values()) / done:.0f} min left", flush=True)
-                if has_ended:
-                    del at_work[process]
-                    if failed := [run for run in runs if run in todo]:
-                        log = Path(out, f"{runs[0]}.log")
-                        raise OSError(f"{failed[0]} failed: {log.read_text().strip().splitlines()[-1]} "
-                                      f"(see {log})")
+        for starts_from_a_run in (False, True):
+            futures = {pool.submit(logged_run, run, r.arms, r.out): run for run in left
+                       if ("--init-from" in command(run, r.arms, r.out)) == starts_from_a_run}
+            for future in as_completed(futures):
+                run = futures[future]
+                if error := future.exception():
+                    raise OSError(f"{run} failed: {error} (see {Path(r.out, run)}.log)") from error
+                del left[run]
+                minutes, to_do = (time.time() - started) / 60, sum(left.values())
+                now = ", ".join(run for future, run in futures.items() if future.running())
+                print(f"{n_runs - len(left)} of {n_runs}: {run}; {minutes:.0f} min, about "
+                      f"{minutes * to_do / (in_all - to_do):.0f} min left; now: {now}", flush=True)
     finally:
-        for process in at_work:
+        for process in active_children():
             process.kill()
+        pool.shutdown(cancel_futures=True)

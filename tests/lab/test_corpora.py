@@ -1,5 +1,5 @@
-"""The generated corpora against brute force: probabilities by counting and by enumerating every text, the
-checker on spoilt documents, the answers of questions by reading."""
+"""The generated corpora against brute force: probabilities by counting and by enumerating every text,
+the answers of questions by reading."""
 import doctest
 import itertools
 from collections import Counter, defaultdict
@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from data import hold_out, prepare, read_files, source_files
-from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents, errors,
+from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents,
                          function_of, hole, passes, passes_all, questions)
-
-RELAY = "17 fox fig owl\n18 owl tea fox\n19 fox fig hen\n20 hen jam owl\n"
 
 
 def chain():
@@ -70,27 +68,11 @@ def test_infill_of_an_impossible_text_is_nan():
     assert np.isnan(chain().infill("a", "", "c", np.array([1.0]))).all()  # c never follows a
 
 
-def test_relay_documents_have_no_errors():
-    assert all(errors(text) == [] and len(text.splitlines()) >= 16 for text in documents("relay", 50, seed=1))
-
-
-@pytest.mark.parametrize("right, wrong, error", [
-    ("18 owl", "17 owl", [(1, "number"), (2, "number")]),
-    ("19 fox fig hen", "19 fox tea hen", [(2, "gift")]),
-    ("19 fox fig hen", "19 cow fig hen", [(2, "giver")]),
-    ("18 owl tea fox", "18 owl tea hen", [(2, "giver")]),
-    ("18 owl tea fox", "18 owl tea", [(1, "form")]),
-    ("18 owl tea fox\n", "\n", [(1, "form")]),
-    ("20 hen jam owl", "20 hen jam 3", [(3, "form")]),
-    ("20 hen jam owl", "20 hen jam owl\f", [(3, "form")])])
-def test_the_checker_finds_what_was_spoilt_and_nothing_else(right, wrong, error):
-    assert errors(RELAY.replace(right, wrong)) == error
-
-
 @pytest.mark.parametrize("name, most_hops", [("records", 1), ("haystack", 1), ("chains", 3)])
 def test_questions_have_the_answers_that_the_document_gives(name, most_hops):
     asked = [(text, q) for text in documents(name, 100, seed=1) for q in questions(text)]
-    assert len(asked) == 800 and {q.hops for _, q in asked} == set(range(1, most_hops + 1))
+    assert len(asked) == (400 if name == "chains" else 800)
+    assert {q.hops for _, q in asked} == set(range(1, most_hops + 1))
     for text, q in asked:
         assert text[q.start:].startswith(f" {q.answer}\n") and text[:q.start].split("\n")[-1][:2] == "? "
         assert text.count("=") == q.n_records
