@@ -81,94 +81,89 @@ PRESETS = {
 RESUME_MAY_CHANGE = {"data", "out", "cache_dir", "steps", "device", "compile", "eval_every", "eval_tokens",
                      "save_every"}
 
+# The flags of train.py, in groups: a title, an example, and of each flag the default, what it is, its choices
+# or the type that converts and checks it (else the default's type).
+SETTINGS = [
+    ("what to train", "--objective fim --preset laptop",
+     ("--objective", "ntp", "what to predict", OBJECTIVES),
+     ("--preset", "toy", "model, budget and learning rate in one; other flags go over it", PRESETS),
+     ("--init-from", "", "a run's folder, or GPT-2's weights: start from its weights, shape, vocabulary")),
+    ("data", "--data 'src/**/*.py' --vocab-size 4096",
+     ("--data", "stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of "
+      "text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs"),
+     ("--tokenizer", "bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
+      ("bpe", "bytes", "gpt2")),
+     ("--vocab-size", 2048, "ids of the bpe tokenizer, the 5 special ones included", within(261, 10**6)),
+     ("--fim-level", "context", "FIM inside the window, or on whole documents before",
+      ("context", "document")),
+     ("--cache-dir", "cache", "folder of tokenised corpora")),
+    ("model", "--n-layer 6 --n-embd 192 --n-head 3",
+     ("--n-layer", 4, "blocks", within(1)),
+     ("--n-head", 2, "attention heads", within(1)),
+     ("--n-embd", 128, "width", within(1)),
+     ("--block-size", 256, "context, in tokens", within(8)),
+     ("--dropout", 0.0, "share of activations dropped in training", within(0.0, 0.99)),
+     ("--position", "rope", "rotary or learned positions", ("rope", "learned")),
+     ("--qk-norm", True, "normalise queries and keys"),
+     ("--token-shift", True, "each layer reads part of its input from the token before"),
+     ("--tied", True, "output layer shares the token embedding"),
+     ("--bias", False, "biases in linear layers and norms"),
+     ("--gelu", "exact", "exact GELU, or tanh, GPT-2's approximation", ("exact", "tanh")),
+     ("--attention", "auto", "manual (written out, the faster on CPU), fused, or auto: fused on a GPU",
+      ("auto", "manual", "fused"))),
+    ("training", "--steps 3000 --lr 0.005 --seed 2",
+     ("--steps", 750, "optimiser steps", within(1)),
+     ("--batch-size", 16, "rows in a batch", within(1)),
+     ("--grad-accum", 1, "batches in a step; torchrun's processes share them", within(1)),
+     ("--optimizer", "muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW",
+      ("muon", "adamw")),
+     ("--lr", 0.01, "peak learning rate", within(1e-12)),
+     ("--embedding-lr-scale", 3.0, "times --lr: learning rate of embeddings and output", within(0.0)),
+     ("--warmup", 40, "steps of linear warm-up", within(0)),
+     ("--final-lr", 0.0, "share of the peak at which the linear decay ends", within(0.0, 1.0)),
+     ("--weight-decay", 0.1, "decay of matrices", within(0.0)),
+     ("--beta1", 0.9, "decay of the first moment, or Muon's momentum", within(0.0, 0.9999)),
+     ("--beta2", 0.95, "decay of AdamW's second moment", within(0.0, 0.9999)),
+     ("--clip", 1.0, "largest norm of the gradient, 0 for any", within(0.0)),
+     ("--seed", 1, "decides weights, order of the data, cuts and masks", within(0, 2**31))),
+    ("run", "--out out/first --eval-every 100",
+     ("--out", "", "folder of the run (none: out/OBJECTIVE, with a number where that is taken)"),
+     ("--device", "auto", "auto, cpu, cuda or mps"),
+     ("--dtype", "auto", "arithmetic; auto: bf16 where that is faster", ("auto", "fp32", "bf16")),
+     ("--compile", False, "torch.compile the model"),
+     ("--eval-every", 150, "steps between evaluations", within(1)),
+     ("--eval-tokens", 32768, "held-out tokens per evaluation, four times as many in the last", within(1)),
+     ("--save-every", 150, "steps between checkpoints", within(1))),
+]
+
 
 def settings_parser(objective):
-    """The flags of train.py, in groups; the last group is the objective's own knobs."""
+    """An argparse parser of SETTINGS; its last group is the objective's own knobs."""
     parser = Parser(description=__doc__.splitlines()[0])
-
-    # flag(name, default, what it is, its choices or its type) adds a flag to the group: see add.
-    def group(title, example):
-        return partial(add, parser.add_argument_group(title, f"such as {example}" if example else "none"))
-
-    flag = group("what to train", "--objective fim --preset laptop")
-    flag("--objective", "ntp", "what to predict", OBJECTIVES)
-    flag("--preset", "toy", "model, budget and learning rate in one; other flags go over it", PRESETS)
-    flag("--init-from", "", "a run's folder, or GPT-2's weights: start from its weights, shape, vocabulary")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-
-    flag = group("data", "--data 'src/**/*.py' --vocab-size 4096")
-    flag("--data", "stdlib", f"stdlib, site-packages, {', '.join(GENERATED)}, or a file, folder or glob of "
-         "text or .jsonl[.gz]; for sft and meap_sft functions, or .json[l][.gz] of pairs")
-    flag("--tokenizer", "bpe", "learned from the data, raw bytes, or GPT-2's (a download)",
-         ("bpe", "bytes", "gpt2"))
-    flag("--vocab-size", 2048, "ids of the bpe tokenizer, the 5 special ones included", within(261, 10**6))
-    flag("--fim-level", "context", "FIM inside the window, or on whole documents before",
-         ("context", "document"))
-    flag("--cache-dir", "cache", "folder of tokenised corpora")
-
-    flag = group("model", "--n-layer 6 --n-embd 192 --n-head 3")
-    flag("--n-layer", 4, "blocks", within(1))
-    flag("--n-head", 2, "attention heads", within(1))
-    flag("--n-embd", 128, "width", within(1))
-    flag("--block-size", 256, "context, in tokens", within(8))
-    flag("--dropout", 0.0, "share of activations dropped in training", within(0.0, 0.99))
-    flag("--position", "rope", "rotary or learned positions", ("rope", "learned"))
-    flag("--qk-norm", True, "normalise queries and keys")
-    flag("--token-shift", True, "each layer reads part of its input from the token before")
-    flag("--tied", True, "output layer shares the token embedding")
-    flag("--bias", False, "biases in linear layers and norms")
-    flag("--gelu", "exact", "exact GELU, or tanh, GPT-2's approximation", ("exact", "tanh"))
-    flag("--attention", "auto", "manual (written out, the faster on CPU), fused, or auto: fused on a GPU",
-         ("auto", "manual", "fused"))
-
-    flag = group("training", "--steps 3000 --lr 0.005 --seed 2")
-    flag("--steps", 750, "optimiser steps", within(1))
-    flag("--batch-size", 16, "rows in a batch", within(1))
-    flag("--grad-accum", 1, "batches in a step; torchrun's processes share them", within(1))
-    flag("--optimizer", "muon", "Muon on the blocks' matrices with AdamW on the rest, or AdamW",
-         ("muon", "adamw"))
-    flag("--lr", 0.01, "peak learning rate", within(1e-12))
-    flag("--embedding-lr-scale", 3.0, "times --lr: learning rate of embeddings and output", within(0.0))
-    flag("--warmup", 40, "steps of linear warm-up", within(0))
-    flag("--final-lr", 0.0, "share of the peak at which the linear decay ends", within(0.0, 1.0))
-    flag("--weight-decay", 0.1, "decay of matrices", within(0.0))
-    flag("--beta1", 0.9, "decay of the first moment, or Muon's momentum", within(0.0, 0.9999))
-    flag("--beta2", 0.95, "decay of AdamW's second moment", within(0.0, 0.9999))
-    flag("--clip", 1.0, "largest norm of the gradient, 0 for any", within(0.0))
-    flag("--seed", 1, "decides weights, order of the data, cuts and masks", within(0, 2**31))
-
-    flag = group("run", "--out out/first --eval-every 100")
-    flag("--out", "", "folder of the run (none: out/OBJECTIVE, with a number where that is taken)")
-    flag("--device", "auto", "auto, cpu, cuda or mps")
-    flag("--dtype", "auto", "arithmetic; auto: bf16 where that is faster", ("auto", "fp32", "bf16"))
-    flag("--compile", False, "torch.compile the model")
-    flag("--eval-every", 150, "steps between evaluations", within(1))
-    flag("--eval-tokens", 32768, "held-out tokens per evaluation, four times as many in the last", within(1))
-    flag("--save-every", 150, "steps between checkpoints", within(1))
-
     knobs = knobs_of(OBJECTIVES[objective])
     shown = ", ".join(f"{flag_of(knob)} {default}" for knob, default in knobs.items())
     parser.hint = f"; the knobs of --objective {objective}: {shown or 'none'}"
-    flag = group(f"knobs of --objective {objective} (another has others)", shown)
-    for knob, default in knobs.items():
-        try:
-            flag(flag_of(knob), default, KNOBS.get(knob, f"see {objective} in objectives.py"))
-        except argparse.ArgumentError:
-            raise ValueError(f"--objective {objective}: its knob {knob} has the name of a flag of train.py; "
-                             "rename it") from None
+    own = [(flag_of(knob), default, KNOBS.get(knob, f"see {objective} in objectives.py"))
+           for knob, default in knobs.items()]
+    own_title = f"knobs of --objective {objective} (another has others)"
+    for title, example, *flags in (*SETTINGS, (own_title, shown, *own)):
+        group = parser.add_argument_group(title, f"such as {example}" if example else "none")
+        for flag, default, help, *values in flags:
+            kind = values[0] if values else type(default)
+            if isinstance(default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            elif callable(kind):
+                how = {"type": kind, "metavar": kind.__name__.upper()}
+            else:
+                how = {"choices": kind}
+            help += "" if default == "" else " (default: %(default)s)"
+            try:
+                group.add_argument(flag, default=default, help=help, **how)
+            except argparse.ArgumentError:
+                raise ValueError(f"--objective {objective}: its knob {flag} has the name of a flag of "
+                                 "train.py; rename it") from None
     return parser
-
-
-def add(group, flag, default, help, values=None):
-    """Adds a flag. values: its choices, or the type that converts and checks it; else the default's type."""
-    help += "" if default == "" else " (default: %(default)s)"
-    if isinstance(default, bool):
-        group.add_argument(flag, default=default, help=help, action=argparse.BooleanOptionalAction)
-    elif callable(values):
-        group.add_argument(flag, default=default, help=help, type=values, metavar=values.__name__.upper())
-    else:
-        group.add_argument(flag, default=default, help=help, type=type(default), choices=values,
-                           metavar=None if values else type(default).__name__.upper())
 
 
 def flag_of(name):
