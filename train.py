@@ -272,12 +272,10 @@ def train(config, start=None, measure=None):
     if world > 1:
         forward = DistributedDataParallel(forward)  # averages the processes' gradients within backward()
 
-    def numbers_of(step):
-        """A step has grad_accum micro-batches; of `world` processes this one takes every world-th."""
-        return range(step * config.grad_accum + rank, (step + 1) * config.grad_accum, world)
-
-    # The first are built before the run's folder is: a bad value of an objective's knob shows here.
-    micro_batches = build_batches(batches, numbers_of(first), device)
+    # A step has grad_accum micro-batches; of `world` processes this one takes every world-th. The first are
+    # built before the run's folder is: a bad value of an objective's knob shows here.
+    numbers = range(first * config.grad_accum + rank, (first + 1) * config.grad_accum, world)
+    micro_batches = build_batches(batches, numbers, device)
     out, metrics = open_run(config, resumed) if rank == 0 else (None, None)
     describe(config, model, tok, batches, device, resumed)
 
@@ -293,7 +291,7 @@ def train(config, start=None, measure=None):
             # divided among micro-batches and processes.
             counts = [(targets != IGNORE).sum() for _, targets in micro_batches]
             n_targets = all_reduce_mean(sum(counts), world).clamp(min=1)  # mean: DDP averages gradients, too
-            numbers, loss = numbers_of(step), 0.0
+            loss = 0.0
             for number, count, (inputs, targets) in zip(numbers, counts, micro_batches):
                 torch.manual_seed(config.seed * 2**32 + number)  # decides dropout
                 with forward.no_sync() if world > 1 and number != numbers[-1] else nullcontext():
@@ -305,7 +303,8 @@ def train(config, start=None, measure=None):
             # 2. Build the next step's micro-batches, while a GPU is still at work.
             done = step + 1
             if done < config.steps:
-                micro_batches = build_batches(batches, numbers_of(done), device)
+                numbers = [number + config.grad_accum for number in numbers]
+                micro_batches = build_batches(batches, numbers, device)
 
             # 3. Update the weights.
             if config.clip:
