@@ -637,15 +637,6 @@ def all_reduce_mean(x, world):
     return x
 
 
-def keep_freed_memory():
-    """Tells glibc, Linux's C library, to keep freed memory for the next tensors. By itself glibc returns
-    large blocks to the system and takes them again, a page fault for every 4 kB: 12% of a step on a CPU."""
-    with suppress(AttributeError, TypeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
-
-
 def is_bf16_faster(device):
     """True if the device computes faster in bf16 than in fp32. On a CPU, products are timed: AVX512-BF16
     halves their time on AMD's Zen 4, but doubles it on a Xeon whose AMX is off; elsewhere it is emulated."""
@@ -695,7 +686,12 @@ def save_checkpoint(path, checkpoint):
 
 @one_line_errors
 def main(arguments=None):
-    keep_freed_memory()
+    # Tell glibc, Linux's C library, to keep freed memory for the next tensors. By itself glibc returns large
+    # blocks to the system and takes them again, a page fault for every 4 kB: 12% of a step on a CPU.
+    with suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)      # M_MMAP_THRESHOLD
     train(*read_arguments(arguments))
 
 
