@@ -330,7 +330,11 @@ def train(config, start=None, measure=None):
             if not (evaluates or saves or done % log_every == 0):
                 continue
             loss = all_reduce_mean(loss, world).item()
-            stop_if_diverged(loss, done, config)
+            # The loss is from before the update: check that the updated weights, too, are finite.
+            weights = sum(p.abs().sum().item() for p in model.parameters())
+            if not math.isfinite(loss + weights):
+                raise OSError(f"the loss is {loss}, the sum of the weights {weights} at step {done}; the "
+                              f"last checkpoint, if any, is from before; try a lower --lr than {config.lr}")
             speed = (done - logged_step) * tokens_per_step / (time.perf_counter() - logged_at)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             tokens = done * tokens_per_step
@@ -346,15 +350,11 @@ def train(config, start=None, measure=None):
             if rank == 0:
                 metrics.write(json.dumps(line).encode() + b"\n")
                 metrics.flush()
-            if saves:
-                # The loss above is from before the update: check that the updated weights are still finite.
-                stop_if_diverged(sum(p.abs().sum().item() for p in model.parameters()), done, config)
-                if rank == 0:
-                    save_checkpoint(out / "ckpt.pt", {
-                        "step": done, "config": vars(config), "model_config": asdict(model.config),
-                        "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-                        "tokenizer": tok.to_dict(), "text": text_name,
-                        "metrics_bytes": metrics.tell()})
+            if saves and rank == 0:
+                save_checkpoint(out / "ckpt.pt", {
+                    "step": done, "config": vars(config), "model_config": asdict(model.config),
+                    "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                    "tokenizer": tok.to_dict(), "text": text_name, "metrics_bytes": metrics.tell()})
             if stop:
                 break
             logged_step, logged_at = done, time.perf_counter()
@@ -499,7 +499,6 @@ def held_out_report(model, held_out_rows, tok, config, step, autocast):
         say(f"step {step}: no held-out text, or less than a window")
         return {name: None}
     bpb = float(bits.sum() / n_bytes.sum())
-    stop_if_diverged(bpb, step, config)
     say(f"step {step}: {bpb:.4f} held-out bits per byte{' of the answers' if name == 'answer_bpb' else ''}")
     if config.objective in PROMPTS:
         say(show_infill(model, tok, config, rows[step % len(rows)][0]))
@@ -541,12 +540,6 @@ def show_infill(model, tok, config, ids):
     shown = "".join(shown[:3]) + ("..." if len(shown) > 3 else "")
     return f"{''.join(lines[max(0, i - 9):i])}⟦{shown}⟧{''.join(lines[i + 1:i + 4]).rstrip()}\n" \
            f"    (between ⟦ and ⟧: the model, {best.ended}; true: {lines[i].strip()!r})"
-
-
-def stop_if_diverged(loss, step, config):
-    if not math.isfinite(loss):
-        raise OSError(f"the loss is {loss} at step {step}; the last checkpoint, if any, is from before; "
-                      f"try a lower --lr than {config.lr}")
 
 
 def describe(config, model, tok, batches, device, resumed):

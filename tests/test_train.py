@@ -251,7 +251,8 @@ def test_a_finished_run_can_be_extended_and_is_no_fresh_one(finished, tmp_path, 
         patch.setattr(train, "learning_rate", lambda step, config: 1e38)
         shown = run_main(train.main, capsys, *arguments)
     assert shown.code == 1
-    assert re.search("loss is (nan|inf) .* is from before; try a lower --lr", shown.err)
+    assert re.search("loss is .*(nan|inf) .* is from before; try a lower --lr", shown.err)
+    assert len(metrics(tmp_path / "run")) == 20
     train.main(arguments)
     assert load_checkpoint(tmp_path / "run")["step"] == 22
     assert re.search(r"not a fresh run of 22 steps: .* decayed towards step\s+20", capsys.readouterr().out)
