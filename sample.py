@@ -246,7 +246,7 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of a foreign pickle, then refuses it
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            checkpoint["text"], checkpoint["config"]["knobs"]
+            checkpoint["text"], checkpoint["config"]["knobs"], GPTConfig(**checkpoint["model_config"])
     except Exception as error:  # a damaged or foreign file fails the unpickler in any way
         raise OSError(f"{file}: not a checkpoint of this version of nanogap, or damaged "
                       f"({type(error).__name__})") from None

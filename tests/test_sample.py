@@ -285,6 +285,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_never_run(runs, tmp_path
     monkeypatch.chdir(tmp_path)
     for content in (b"", b"hello\n", whole[:len(whole) // 2], whole[:-1], [1, 2], pickle.dumps(Bomb()),
                     checkpoint | {"model": Bomb()}, checkpoint | {"model_config": larger},
+                    checkpoint | {"model_config": larger | {"of_a_newer_version": 1}},
                     checkpoint | {"config": {"objective": "fim"}},  # of an older version
                     {key: checkpoint[key] for key in checkpoint if key != "text"}):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
