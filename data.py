@@ -279,7 +279,7 @@ class Tokenizer:
 
     def decode(self, ids, errors="replace"):
         """errors: what becomes of a character whose bytes are not all there, as in bytes.decode."""
-        return self.decode_bytes(ids).decode("utf-8", errors)
+        return self._tiktoken.decode([i for i in ids if i < self.eot], errors)
 
 
 def chunks(text, size=1 << 18):
