@@ -211,6 +211,9 @@ class Tokenizer:
     PATTERN = (r"(?:SIGN|[\t\v\f ])?LETTER+|[0-9]{1,3}| ?SIGN+[\r\n]*|SPACE*[\r\n]|SPACE+(?![^\t-\r ])|SPACE+"
                .replace("LETTER", r"[^\x00-@\[-`{-\x7f]").replace("SPACE", r"[\t-\r ]")
                .replace("SIGN", r"[\x00-\x08\x0e-\x1f!-/:-@\[-`{-\x7f]"))
+    # What is encoded at once: at most 2^18 characters, up to a line end where there is one. tiktoken's stack
+    # overflows at a million spaces.
+    CHUNK = r"(?s).{1,262143}(?:\n|\Z)|.{1,262144}"
 
     def __init__(self, vocabulary, pattern=PATTERN):
         """vocabulary: list[bytes], the text of each id in merge order, all 256 single bytes among them."""
@@ -268,10 +271,10 @@ class Tokenizer:
         return cls([text.encode("latin-1") for text in plain["vocabulary"]], plain["pattern"])
 
     def encode(self, text):
-        return [i for part in chunks(text) for i in self._tiktoken.encode_ordinary(part)]
+        return [i for part in re.findall(self.CHUNK, text) for i in self._tiktoken.encode_ordinary(part)]
 
     def encode_batch(self, texts):
-        """list[str], each of at most a chunk -> list[list[int]], in parallel."""
+        """list[str], each at most a CHUNK -> list[list[int]], in parallel."""
         return self._tiktoken.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
 
     def decode_bytes(self, ids):
@@ -280,12 +283,6 @@ class Tokenizer:
     def decode(self, ids, errors="replace"):
         """errors: what becomes of a character whose bytes are not all there, as in bytes.decode."""
         return self._tiktoken.decode([i for i in ids if i < self.eot], errors)
-
-
-def chunks(text, size=1 << 18):
-    """A text in parts of at most size characters, cut after line ends where it has any: tiktoken's stack
-    overflows at a million spaces."""
-    return re.findall(rf"(?s).{{1,{size - 1}}}(?:\n|\Z)|.{{1,{size}}}", text)
 
 
 def learn_bpe(counts, n):
@@ -399,7 +396,7 @@ def make_tokenizer(name, vocab_size, texts):
 
 def write_stream(path, tok, texts):
     """Writes doc <EOT> doc <EOT> ... into a file of 16-bit ids, or 32-bit ones for a large vocabulary."""
-    parts = (part for text in texts for part in [*chunks(text), None])  # None: the document ends here
+    parts = (part for text in texts for part in [*re.findall(tok.CHUNK, text), None])  # None: its end
     with open(path, "wb") as f:
         while block := list(islice(parts, 64)):
             encoded = iter(tok.encode_batch([part for part in block if part]))
