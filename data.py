@@ -106,14 +106,21 @@ def wildcards(pattern):
 def read_files(files, desc="reading"):
     """Yields (text, key) of each document: str, the text never blank. A hash of the key decides whether it is
     held out; the key is the text, or what a record has in "held_out_key", as those of generated corpora have.
+    A file is a document, or a .jsonl or .json of records, whose text is in "text" or "content".
 
     Raises ValueError if a single file is not UTF-8 text, or a .jsonl is damaged. Of several files, those that
     are not UTF-8 text are skipped; with desc "reading" (the progress bar's label) their number is printed."""
     skipped = []
     for path in tqdm(files, desc=desc, unit="file", leave=False, disable=None if len(files) > 1 else True):
         try:
-            for record in records_of(path) if kind_of(path) else [{"text": read_text(path)}]:
-                text = newlines(record["text"])
+            records = read_records(path, "--data") if kind_of(path) else [("", {"text": read_text(path)})]
+            for place, record in records:
+                fields = record if isinstance(record, dict) else {}
+                texts = [fields[name] for name in ("text", "content") if isinstance(fields.get(name), str)]
+                if not texts:
+                    raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
+                # JSON can hold half of a surrogate pair, which is no text: it becomes U+FFFD.
+                text = re.sub("[\ud800-\udfff]", "\ufffd", newlines(texts[0]))
                 if text.strip():
                     yield text, str(record.get("held_out_key", text))
         except (ValueError, PermissionError) as error:
@@ -155,17 +162,6 @@ def open_text(path, flag="--data"):
             yield f
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{flag} {path}: expected UTF-8 text, got {error}") from None
-
-
-def records_of(path):
-    """Yields the documents of a .jsonl or .json, each a dict with a "text", which may come as "content"."""
-    for place, record in read_records(path, "--data"):
-        texts = [record.get(name) for name in ("text", "content")] if isinstance(record, dict) else []
-        texts = [text for text in texts if isinstance(text, str)]
-        if not texts:
-            raise ValueError(f'--data {path}: {place} has no string field "text" or "content"')
-        # JSON can hold half of a surrogate pair, which is no text: it becomes U+FFFD.
-        yield record | {"text": texts[0].encode("utf-16", "surrogatepass").decode("utf-16", "replace")}
 
 
 def read_records(path, flag):
