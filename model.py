@@ -20,7 +20,7 @@ IGNORE = -1  # targets with this value are excluded from the loss; objectives.IG
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError for values that do not fit together."""
+    """The shape of a model."""
     vocab_size: int
     block_size: int = 256        # T, the longest context
     n_layer: int = 4
@@ -35,18 +35,14 @@ class GPTConfig:
     gelu: str = "exact"          # or tanh: GPT-2's approximation, three times slower on a CPU
     attention: str = "manual"    # causal_attention below, or fused: torch's scaled_dot_product_attention
 
-    def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.position == "rope" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head}: expected an even head size, "
-                             "since rotary positions rotate pairs")
-
 
 class GPT(nn.Module):
     def __init__(self, config):
+        """Raises ValueError for a width that does not fit the number of heads."""
         super().__init__()
-        self.config = config
+        self.config, head_size = config, config.n_embd // config.n_head
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "drop": nn.Dropout(config.dropout),
@@ -55,9 +51,11 @@ class GPT(nn.Module):
         })
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        elif head_size % 2:
+            raise ValueError(f"n_embd / n_head = {head_size}: expected an even head size, since rotary "
+                             "positions rotate pairs")
         else:
-            rotations = rope_rotations(config.block_size, config.n_embd // config.n_head)
-            self.register_buffer("rotations", rotations, persistent=False)
+            self.register_buffer("rotations", rope_rotations(config.block_size, head_size), persistent=False)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
