@@ -209,6 +209,7 @@ def train_all(r, jobs):
                 now = ", ".join(run for future, run in futures.items() if future.running())
                 print(f"{n_runs - len(left)} of {n_runs}: {run}; {minutes:.0f} min, about "
                       f"{minutes * to_do / (in_all - to_do):.0f} min left; now: {now}", flush=True)
+        pool.shutdown()
     finally:
         for process in active_children():
             process.kill()
