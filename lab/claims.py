@@ -279,7 +279,7 @@ def distractors(r, arms="haystack-ntp haystack-dropout haystack-meap"):
 def few_examples(r, arms="rare-ntp rare-dropout rare-meap"):
     """... from few examples among much other text?
 
-    MEAP, pretraining on web text: where examples of retrieval are few, masks are to help, too.
+    Not a claim of MEAP's paper: it pretrains on text of the web, where examples of retrieval are few.
 
     rare: one document in four is of records; in the others nothing is asked for.
 
@@ -305,7 +305,7 @@ def mask_ratio(r, arms=" ".join(["records-meap", *(f"records-{ratio}" for ratio 
 
     MEAP, ablation: 0.15 is the best of 0.05, 0.10, 0.15 and 0.20 in pretraining.
 
-    The race of records at five ratios.
+    The race of records at four ratios.
 
     No sign that 0.15 is best. From 0.05 to 0.2 the ratio changes the steps by a tenth; fewer masks are
     learned a little sooner."""
