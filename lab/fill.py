@@ -9,6 +9,7 @@ import shutil
 from itertools import count
 from pathlib import Path
 
+from data import open_text
 from sample import (Parser, PromptCache, add_sampling, infill, load_model, newest_run, note, one_line_errors,
                     paint, pick_device, unescape)
 
@@ -61,10 +62,8 @@ def main(arguments=None):
     mode.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
     add_sampling(parser)
     args = parser.parse_args(arguments)
-    try:
-        parts = Path(args.file).read_text("utf-8-sig").split(FILL)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{args.file}: expected UTF-8 text, got {error}") from None
+    with open_text(Path(args.file), "FILE") as f:
+        parts = f.read().split(FILL)
     if len(parts) != 2:
         raise ValueError(f"{args.file}: expected one {FILL} where the hole is, found {len(parts) - 1}")
     prefix, suffix = parts

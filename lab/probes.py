@@ -177,7 +177,8 @@ def on_questions(model, tok, knobs, is_last, corpus, enough=0.8):
             start = len(tok.encode(text[:q.start]))
             end = len(tok.encode(text[:q.start] + " " + q.answer))
             if end <= len(ids):  # within the context
-                results.append((q, s.likeliest[start:end] == ids[start:end], s.log_p[start:end].sum()))
+                is_right = bool((s.likeliest[start:end] == ids[start:end]).all())
+                results.append((q, is_right, s.log_p[start:end].sum()))
     half = np.median([q.distance for q, *_ in results])
     groups = defaultdict(list)
     for q, is_right, _ in results:

@@ -253,6 +253,18 @@ def test_drawn_answers_are_wrong_as_often_as_the_model_says():
     assert probes.PROBES["records"](Model(read), TOK, {}, True)["wrong"] == pytest.approx(1 - 0.8**4)
 
 
+def test_an_answer_is_right_only_as_a_whole():
+    """A model that knows every byte but a value's last one: three of the four of " fig" are no answer."""
+    def read(row):
+        logits = torch.zeros(len(row), TOK.n_vocab)
+        for t, right in enumerate(row[1:]):
+            is_last_byte = row[t + 2:t + 3] in ([10], [0], [])  # a line end, padding or nothing follows
+            logits[t, right - is_last_byte] = 9
+        return logits
+
+    assert probes.PROBES["records"](Model(read), TOK, {}, True)["recall"] == 0
+
+
 def test_fine_tuning_turns_records_round(tmp_path):
     """on_answers takes every second token for a key."""
     tok, *_ = prepare("records:1000", "bpe", 512, tmp_path)
