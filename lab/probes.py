@@ -186,7 +186,7 @@ def on_questions(model, tok, knobs, is_last, corpus, enough=0.8):
         groups["several_hops" if q.hops > 1 else "one_hop"].append(is_right)
         groups["far" if q.distance > half else "near"].append(is_right)
     out = {name: np.mean(answers) for name, answers in groups.items()}
-    return out | {"wrong": np.mean([1 - np.exp(log_p) for *_, log_p in results]),
+    return out | {"log_wrong": np.log(np.mean([1 - np.exp(log_p) for *_, log_p in results])),
                   "learned": min(out["recall"], out["far"]) >= enough}
 
 

@@ -1,7 +1,6 @@
 """The probes against an oracle that predicts by Bayes' rule and a blind model; the prior against what fim
 draws; verdicts by hand; every arm's flags; every claim's checks; runs that end once the model has learned."""
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -116,7 +115,7 @@ def test_a_blind_model_neither_reads_nor_recalls(monkeypatch):
     assert code == {"bits": pytest.approx(bits - out["coin"]), "coin": pytest.approx(out["coin"])}
 
 
-@pytest.mark.parametrize("n, confidence, t", [(2, 0.9, 6.314), (3, 0.99, 9.925), (30, 0.99, 2.756)])
+@pytest.mark.parametrize("n, confidence, t", [(2, 0.9, 6.314), (3, 0.99, 9.925), (30, 0.95, 2.045)])
 def test_an_interval_is_that_of_students_table(n, confidence, t):
     values = np.array([1.0, -1.0] * (n // 2) + [0.0] * (n % 2))
     error = math.sqrt((values**2).sum() / (n - 1) / n)
@@ -124,12 +123,12 @@ def test_an_interval_is_that_of_students_table(n, confidence, t):
 
 
 @pytest.mark.parametrize("low, high, mean, verdict", [
-    (1, math.inf, 1.3, "holds"), (1, math.inf, 1.1, "undecided"), (1, math.inf, 0.9, "undecided"),
-    (1, math.inf, -0.9, "fails"), (1, math.inf, -1.3, "reversed"), (-math.inf, 1, -5, "holds"),
-    (-math.inf, 1, 1.1, "undecided"), (-math.inf, 1, 1.3, "fails"), (-1, 1, 0, "holds"),
-    (-1, 1, -0.9, "undecided"), (-1, 1, 1.3, "fails"), (-1, 1, -1.3, "fails")])
+    (1, math.inf, 1.3, "holds"), (1, math.inf, 1.2, "undecided"), (1, math.inf, 0.8, "undecided"),
+    (1, math.inf, -0.8, "fails"), (1, math.inf, -1.3, "reversed"), (-math.inf, 1, -5, "holds"),
+    (-math.inf, 1, 1.2, "undecided"), (-math.inf, 1, 1.3, "fails"), (-1, 1, 0, "holds"),
+    (-1, 1, -0.8, "undecided"), (-1, 1, 1.3, "fails"), (-1, 1, -1.3, "fails")])
 def test_a_verdict_by_hand(low, high, mean, verdict):
-    """Three seeds: standard deviation 0.1, so the interval is the mean +- 2.92 * 0.1 / sqrt(3) = 0.169."""
+    """Three seeds: standard deviation 0.1, so the interval is the mean +- 4.303 * 0.1 / sqrt(3) = 0.248."""
     assert judge(Check("", mean + np.array([-0.1, 0, 0.1]), low, high, "bits")) == verdict
 
 
@@ -146,80 +145,103 @@ class Made(Results):
     """Results with figures of one's own: of each arm the same number, with some noise, in each seed."""
 
     def __call__(self, arm, name):
-        return (1.0 + ("ntp" in arm or "sft" == arm[-3:])) * np.linspace(0.99, 1.01, self.arms[arm].seeds)
-
-    def log_steps(self, arm, name="recall"):
-        return self(arm, "")
+        return (1.0 + ("ntp" in arm or "sft" == arm[-3:])) * np.linspace(0.99, 1.01, len(self.runs(arm)))
 
     def curve(self, arm, name):
         return [1, 2], np.stack([self(arm, name)] * 2, axis=1)
 
     def log(self, arm):
-        return [[{"psm_scatter": [[0.1], [0.2]], "spm_scatter": [[0.1], [0.2]]}]] * self.arms[arm].seeds
+        return [[{"psm_scatter": [[0.1], [0.2]], "spm_scatter": [[0.1], [0.2]]}]] * len(self.runs(arm))
 
 
 def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
-    """With every figure of MEAP half of NTP's, what is claimed of it holds, and is on the page."""
+    """With every figure of MEAP half of NTP's, what is claimed of it holds, and is on the page; of records
+    with dropout it is as large as MEAP's, so there the control fails."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(claims, "load_model", lambda folder: (None, None, None))
-    monkeypatch.setattr(probes, "attention_change", lambda *_: dict.fromkeys(
+    monkeypatch.setattr(claims, "change_of_attention", lambda *_: dict.fromkeys(
         ("decay", "variance_rise", "answer_rise"), 0.5))
-    claims.write(CLAIMS, Made(ARMS, tmp_path), tmp_path / "claims.md")
+    r = Made(ARMS, tmp_path, 301)
+    checks = {name: list(claim(r)) for name, claim in CLAIMS.items()}
+    claims.write(checks, r, tmp_path / "claims.md")
     page = (tmp_path / "claims.md").read_text()
     for name, claim in CLAIMS.items():
         assert set(arms_of(claim)) <= ARMS.keys()
         section = page.partition(f"## {name}\n")[2].partition("\n## ")[0]
         assert claim.__doc__.splitlines()[0] in section and section.count("| **") + section.count(
-            "| undecided") == len(claim(Made(ARMS, tmp_path))), name
+            "| undecided") == len(checks[name]) > 0, name
         assert name not in claims.PICTURES or (tmp_path / "claims" / f"{name}.png").stat().st_size > 5000
-    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9925 to 1.0075) | 5 |  | **holds***",
-                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.71 to x 2.73) | 10 |  | **holds***"):
+    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9863 to 1.0137) | 4 |  | **holds***",
+                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.68 to x 2.76) | 4 |  | **holds***",
+                "NTP with dropout over MEAP | more than x 1.20 | x 1.00 (x 1.00 to x 1.00) | 4 |  | **fails**"):
         assert row in page
-    assert "undecided. At 90%" in capsys.readouterr().out
+    assert "undecided. At most some" in capsys.readouterr().out
+
+
+def test_undecided_checks_get_more_seeds_and_no_others_do(tmp_path, monkeypatch, capsys):
+    """a minus b is clear with 4 seeds, c minus b with 16; d lies on the bound, and stays undecided."""
+    monkeypatch.setattr(rerun, "train_all", lambda r, jobs: looks.append(dict(r.seeds)))
+    looks, spread = [], np.array([-1, 1] * 8)
+    figures = {"a": 9 + spread, "b": 0 * spread, "c": np.array([0, 2] * 2 + [2] * 12), "d": 1 + spread}
+
+    class Figures(Results):
+        def __call__(self, arm, name):
+            return figures[arm][:len(self.runs(arm))]
+
+    def claim(r):
+        yield rerun.more("a", r.minus("a", "b", ""), 1)
+        yield rerun.more("c", r.minus("c", "b", ""), 1)
+        yield rerun.more("d", r("d", ""), 1)
+
+    checks = rerun.study({"claim": claim}, Figures({name: Arm("") for name in "abcd"}, tmp_path, 1), 1)
+    assert looks == [dict(a=4, b=4, c=4, d=4), dict(a=4, b=8, c=8, d=8), dict(a=4, b=16, c=16, d=16)]
+    assert [(len(check.values), judge(check)) for check in checks["claim"]] == [
+        (4, "holds"), (16, "holds"), (16, "undecided")]
+    assert "twice as many seeds of b, c, d" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, message", [
     ("--jobs 0", "argument --jobs: 0: expected 1 to 1024"),
-    ("--run markov-ntp", "--run markov-ntp: expected an arm and a seed, such as markov-ntp-201"),
-    ("--run nothing-1", "--run nothing-1: expected an arm and a seed"),
     ("--only nothing", "argument --only: invalid choice: 'nothing'")])
 def test_a_mistake_is_one_line(arguments, message, capsys):
     shown = run_main(claims.main, capsys, *arguments.split())
     assert shown.code == 2 and message in shown.err
 
 
-def test_where_a_curve_reaches_a_level(tmp_path):
-    for seed, shares in enumerate(([0.4, 0.7, 0.9], [0.8, 0.97], [0.1, 0.2, 0.3]), 1):
-        figures = [{"step": 10 * i, "recall": share} for i, share in enumerate(shares, 1)]
-        (tmp_path / f"a-{seed}").mkdir()
-        (tmp_path / f"a-{seed}" / "figures.json").write_text(json.dumps({"figures": figures}))
-    steps = np.exp(Results({"a": Arm("", 3)}, tmp_path).log_steps("a"))
-    np.testing.assert_allclose(steps, [25, 10, 30])  # interpolated; at the first evaluation; never
+@pytest.mark.parametrize("shares, step", [([0.4, 0.7, 0.9], 25), ([0.8, 0.97], 10), ([0.1, 0.2, 0.3], 30)])
+def test_where_a_curve_reaches_a_level(shares, step):
+    """Interpolated; at the first evaluation; never."""
+    figures = [{"step": 10 * i, "recall": share} for i, share in enumerate(shares, 1)]
+    assert rerun.of_curve(figures) == {"log_steps": pytest.approx(math.log(step))}
 
 
 def test_runs_end_once_they_have_learned_and_are_not_trained_twice(tmp_path, monkeypatch, capsys):
     flags = ("--objective ntp --data markov:60 --tokenizer bytes --block-size 64 --batch-size 2 --n-layer 1 "
              f"--n-embd 16 --steps 9 --eval-every 2 --cache-dir {tmp_path}")
     monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 0.5, "learned": False})
-    arms = {"markov-a": Arm(flags, 2)}
-    last = rerun.train_run("markov-a-1", arms, tmp_path)
-    assert last["step"] == 9 and rerun.is_finished("markov-a-1", arms, tmp_path)
+    arms = {"markov-a": Arm(flags)}
+    r = Results(arms, tmp_path, 1)
+    rerun.train_run("markov-a-1", arms, tmp_path)
+    assert rerun.is_finished("markov-a-1", arms, tmp_path)
     monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 1.0, "learned": True})
-    assert rerun.train_run("markov-a-2", arms, tmp_path)["step"] == 2
+    rerun.train_run("markov-a-2", arms, tmp_path)
+    r.seeds["markov-a"] = 2
+    np.testing.assert_array_equal(r("markov-a", "step"), [9, 2])
     assert sample.load_checkpoint(tmp_path / "markov-a-2")["step"] == 3  # the step after that is saved
-    rerun.train_all(Results(arms, tmp_path), 1)  # nothing is left to train
+    rerun.train_all(r, 1)  # nothing is left to train
     assert "0 runs" in capsys.readouterr().out
-    other = {"markov-a": Arm(flags.replace("--steps 9", "--steps 5"), 2)}
+    other = {"markov-a": Arm(flags.replace("--steps 9", "--steps 5"))}
     assert not rerun.is_finished("markov-a-1", other, tmp_path)
 
 
 def test_runs_are_trained_in_other_processes_until_one_fails(tmp_path, capsys):
     flags = ("--objective ntp --tokenizer bytes --block-size 64 --batch-size 2 --n-layer 1 --n-embd 16 "
              f"--steps 2 --eval-every 2 --cache-dir {tmp_path}")
-    arms = {"markov-a": Arm(f"{flags} --data markov:60", 1),
-            "markov-b": Arm(f"{flags} --data markov:60 --init-from {{out}}/markov-none-{{seed}}", 1)}
+    arms = {"markov-a": Arm(f"{flags} --data markov:60"),
+            "markov-b": Arm(f"{flags} --data markov:60 --init-from {{out}}/markov-none-{{seed}}")}
+    r = Results(arms, tmp_path, 201)
+    r.seeds = dict.fromkeys(arms, 1)
     with pytest.raises(OSError, match="markov-b-201 failed: .*markov-none-201.*markov-b-201.log"):
-        rerun.train_all(Results(arms, tmp_path, 201), 1)
+        rerun.train_all(r, 1)
     assert rerun.is_finished("markov-a-201", arms, tmp_path)
     assert "step 2" in (tmp_path / "markov-a-201.log").read_text()
     shown = capsys.readouterr().out
@@ -250,7 +272,8 @@ def test_drawn_answers_are_wrong_as_often_as_the_model_says():
             logits[t, right] = math.log(0.8)
         return logits
 
-    assert probes.PROBES["records"](Model(read), TOK, {}, True)["wrong"] == pytest.approx(1 - 0.8**4)
+    out = probes.PROBES["records"](Model(read), TOK, {}, True)
+    assert out["log_wrong"] == pytest.approx(math.log(1 - 0.8**4))
 
 
 def test_an_answer_is_right_only_as_a_whole():
