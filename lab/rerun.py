@@ -90,9 +90,9 @@ class Arm(NamedTuple):
 class Results:
     """The figures of finished runs: r(arm, name) -> (seeds,), the last value of each."""
 
-    def __init__(self, arms, out, first_seed):
+    def __init__(self, arms, out, first_seed=1, seeds=FEWEST):
         self.arms, self.out, self.first = arms, out, first_seed
-        self.seeds, self.read = dict.fromkeys(arms, FEWEST), set()  # read: the arms that were asked for
+        self.seeds, self.read = dict.fromkeys(arms, seeds), set()  # read: the arms that were asked for
 
     def runs(self, arm):
         self.read.add(arm)
@@ -149,8 +149,9 @@ def is_finished(run, arms, out):
 
 
 def train_run(run, arms, out):
-    """Trains a run from its beginning in this process, prints to DIR.log, and writes DIR/figures.json."""
+    """Trains a run from its beginning in this process, and writes its figures.json -> the last figures."""
     shutil.rmtree(Path(out, run), ignore_errors=True)
+    config, start = train.read_arguments(command(run, arms, out).split())
     probe, figures = PROBES[run.partition("-")[0]], []
 
     def measure(model, tok, step):
@@ -161,15 +162,20 @@ def train_run(run, arms, out):
             signal.raise_signal(signal.SIGTERM)  # train.py saves, and ends the run
         return {}
 
-    with open(Path(out, f"{run}.log"), "w") as log, redirect_stdout(log), redirect_stderr(log):
-        config, start = train.read_arguments(command(run, arms, out).split())
-        train.train(config, start, measure)
+    train.train(config, start, measure)
     if not (figures and (figures[-1]["step"] == config.steps or figures[-1].get("learned"))):
         raise KeyboardInterrupt  # the run was told to stop before its end
     figures[-1] |= of_curve(figures)
     written = Path(out, run, "figures.tmp")
     written.write_text(json.dumps({"command": command(run, arms, out), "figures": figures}))
     os.replace(written, written.with_suffix(".json"))
+    return figures[-1]
+
+
+def logged_run(run, arms, out):
+    """train_run, with what it prints in a file."""
+    with open(Path(out, f"{run}.log"), "w") as log, redirect_stdout(log), redirect_stderr(log):
+        train_run(run, arms, out)
 
 
 def of_curve(figures, level=0.8):
@@ -202,7 +208,7 @@ def train_all(r, jobs):
     pool = ProcessPoolExecutor(jobs, get_context("spawn"))
     try:
         for starts_from_a_run in (False, True):
-            futures = {pool.submit(train_run, run, r.arms, r.out): run for run in left
+            futures = {pool.submit(logged_run, run, r.arms, r.out): run for run in left
                        if ("--init-from" in command(run, r.arms, r.out)) == starts_from_a_run}
             for future in as_completed(futures):
                 run = futures[future]

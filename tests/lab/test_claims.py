@@ -170,9 +170,10 @@ def test_the_page_answers_every_claim(tmp_path, monkeypatch, capsys):
         assert claim.__doc__.splitlines()[0] in section and section.count("| **") + section.count(
             "| undecided") == len(checks[name]) > 0, name
         assert name not in claims.PICTURES or (tmp_path / "claims" / f"{name}.png").stat().st_size > 5000
-    for row in ("lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9863 to 1.0137) | 4 |  | **holds***",
-                "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.68 to x 2.76) | 4 |  | **holds***",
-                "NTP with dropout over MEAP | more than x 1.20 | x 1.00 (x 1.00 to x 1.00) | 4 |  | **fails**"):
+    for row in (
+            "lowest: ntp minus meap | more than 0.0150 | 1.0000 (0.9863 to 1.0137) | 4 |  | **holds***",
+            "NTP over MEAP | more than x 1.20 | x 2.72 (x 2.68 to x 2.76) | 4 |  | **holds***",
+            "NTP with dropout over MEAP | more than x 1.20 | x 1.00 (x 1.00 to x 1.00) | 4 |  | **fails**"):
         assert row in page
     assert "undecided. At most some" in capsys.readouterr().out
 
@@ -192,7 +193,7 @@ def test_undecided_checks_get_more_seeds_and_no_others_do(tmp_path, monkeypatch,
         yield rerun.more("c", r.minus("c", "b", ""), 1)
         yield rerun.more("d", r("d", ""), 1)
 
-    checks = rerun.study({"claim": claim}, Figures({name: Arm("") for name in "abcd"}, tmp_path, 1), 1)
+    checks = rerun.study({"claim": claim}, Figures({name: Arm("") for name in "abcd"}, tmp_path), 1)
     assert looks == [dict(a=4, b=4, c=4, d=4), dict(a=4, b=8, c=8, d=8), dict(a=4, b=16, c=16, d=16)]
     assert [(len(check.values), judge(check)) for check in checks["claim"]] == [
         (4, "holds"), (16, "holds"), (16, "undecided")]
@@ -219,12 +220,11 @@ def test_runs_end_once_they_have_learned_and_are_not_trained_twice(tmp_path, mon
              f"--n-embd 16 --steps 9 --eval-every 2 --cache-dir {tmp_path}")
     monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 0.5, "learned": False})
     arms = {"markov-a": Arm(flags)}
-    r = Results(arms, tmp_path, 1)
-    rerun.train_run("markov-a-1", arms, tmp_path)
+    r = Results(arms, tmp_path, seeds=2)
+    assert rerun.train_run("markov-a-1", arms, tmp_path)["step"] == 9
     assert rerun.is_finished("markov-a-1", arms, tmp_path)
     monkeypatch.setitem(probes.PROBES, "markov", lambda *_: {"recall": 1.0, "learned": True})
     rerun.train_run("markov-a-2", arms, tmp_path)
-    r.seeds["markov-a"] = 2
     np.testing.assert_array_equal(r("markov-a", "step"), [9, 2])
     assert sample.load_checkpoint(tmp_path / "markov-a-2")["step"] == 3  # the step after that is saved
     rerun.train_all(r, 1)  # nothing is left to train
@@ -238,10 +238,8 @@ def test_runs_are_trained_in_other_processes_until_one_fails(tmp_path, capsys):
              f"--steps 2 --eval-every 2 --cache-dir {tmp_path}")
     arms = {"markov-a": Arm(f"{flags} --data markov:60"),
             "markov-b": Arm(f"{flags} --data markov:60 --init-from {{out}}/markov-none-{{seed}}")}
-    r = Results(arms, tmp_path, 201)
-    r.seeds = dict.fromkeys(arms, 1)
     with pytest.raises(OSError, match="markov-b-201 failed: .*markov-none-201.*markov-b-201.log"):
-        rerun.train_all(r, 1)
+        rerun.train_all(Results(arms, tmp_path, 201, seeds=1), 1)
     assert rerun.is_finished("markov-a-201", arms, tmp_path)
     assert "step 2" in (tmp_path / "markov-a-201.log").read_text()
     shown = capsys.readouterr().out
