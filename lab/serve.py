@@ -32,22 +32,7 @@ from sample import (NOT_STOPPED, Parser, PromptCache, best_first, collect, gener
 LARGEST = 2**23  # bytes of a request's body
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "texts"}
 compact = partial(json.dumps, separators=(",", ":"))  # llama.vim looks for "content":" in an answer
-# A page that shows an infill at each key. (409: of a request that a newer one has overtaken.)
-PAGE = b"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>nanogap</title>
-<style>textarea, output { display: block; box-sizing: border-box; width: 100%; min-height: 3em;
-  margin-bottom: 1em; font: 1em monospace; white-space: pre-wrap }
-output { background: #fff3d6; color: #1b1b1b }</style>
-<label>Before the hole <textarea id="prefix" rows="8">def mean(xs):\n    return </textarea></label>
-<label>The model's infill <output id="infill"></output></label>
-<label>After the hole <textarea id="suffix" rows="8"> / len(xs)\n</textarea></label>
-<script>
-(document.oninput = async () => {
-  const body = JSON.stringify({input_prefix: prefix.value, input_suffix: suffix.value});
-  const {content, error} = await (await fetch("/infill", {method: "POST", body})).json();
-  if (error?.code !== 409) infill.textContent = error ? error.message : content;
-})();
-</script>
-"""
+PAGE = Path(__file__).parent / "pages" / "serve.html"
 
 
 class Server(ThreadingHTTPServer):
@@ -111,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 10.0                  # seconds in which a client must go on to send, or accept a piece
 
     def do_GET(self):
-        routes = {"GET /": lambda: self.answer(PAGE, content_type="text/html"),
+        routes = {"GET /": lambda: self.answer(PAGE.read_bytes(), content_type="text/html"),
                   "GET /health": lambda: self.answer({"status": "ok"}),
                   "GET /v1/models": lambda: self.answer({
                       "object": "list", "data": [{"id": self.server.name, "object": "model"}]}),
