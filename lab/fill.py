@@ -2,7 +2,6 @@
 
     python -m lab.fill draft.py                    prints the file with an infill in the hole
     python -m lab.fill draft.py --n 8 --write      the best of eight goes into the file
-    python -m lab.fill draft.py --interactive      type at the hole, get an infill, type on
 """
 import os
 import shutil
@@ -10,8 +9,8 @@ from itertools import count
 from pathlib import Path
 
 from data import open_text
-from sample import (Parser, PromptCache, add_sampling, infill, load_model, newest_run, note, one_line_errors,
-                    paint, pick_device, unescape)
+from sample import (Parser, add_sampling, infill, load_model, newest_run, note, one_line_errors, paint,
+                    pick_device)
 
 FILL = "<FILL>"
 
@@ -35,31 +34,12 @@ def write_infill(path, text):
     return kept
 
 
-def type_and_infill(model, tok, prefix, suffix, **settings):
-    """Infills after each typed line, until the input ends. The line is appended to the prefix; an empty one
-    appends the last infill."""
-    cache, accepted = PromptCache(model.config), ""
-    while True:
-        try:
-            typed = input("> ")
-        except EOFError:
-            return print()
-        prefix += unescape(typed) or accepted
-        best, = infill(model, tok, prefix, suffix, cache=cache, **settings)
-        accepted = best.text
-        print(prefix + paint(best.text) + suffix)
-        note(f"{best.ended}, {best.mean_log_p:.2f} nats per token; "
-             f"{cache.reused} of the prompt's {len(cache.ids)} tokens reused")
-
-
 @one_line_errors
 def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE", help=f"a text with {FILL} in one place, the hole")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--write", action="store_true",
-                      help="put the best infill into the file, and keep the old one as FILE.orig")
-    mode.add_argument("--interactive", action="store_true", help="type at the hole, get an infill, type on")
+    parser.add_argument("--write", action="store_true",
+                        help="put the best infill into the file, and keep the old one as FILE.orig")
     add_sampling(parser)
     args = parser.parse_args(arguments)
     with open_text(Path(args.file), "FILE") as f:
@@ -69,11 +49,8 @@ def main(arguments=None):
     prefix, suffix = parts
     model, tok, _ = load_model(args.ckpt or newest_run(), pick_device(args.device))
     temperature = args.temperature if args.temperature is not None else 0.0 if args.n == 1 else 0.8
-    settings = {"max_new_tokens": args.max_new_tokens, "temperature": temperature, "top_k": args.top_k,
-                "top_p": args.top_p, "seed": args.seed, "warn": note}
-    if args.interactive:
-        return type_and_infill(model, tok, prefix, suffix, **settings)
-    infills = infill(model, tok, prefix, suffix, args.n, **settings)
+    infills = infill(model, tok, prefix, suffix, args.n, max_new_tokens=args.max_new_tokens,
+                     temperature=temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, warn=note)
     for sample in infills:
         print(prefix + paint(sample.text) + suffix, flush=True)
         note(f"{sample.ended}, {sample.mean_log_p:.2f} nats per token")

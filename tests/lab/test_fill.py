@@ -1,7 +1,5 @@
 """lab.fill: what it prints for a file with a hole, and that writing leaves the rest of the file as it was."""
-import io
 import os
-import re
 
 import pytest
 
@@ -80,27 +78,11 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(step, tmp_path, monkeypat
     assert (tmp_path / "draft.py").read_text() == "x = <FILL>\n"
 
 
-def test_an_infill_while_one_types(cli, run, tmp_path, monkeypatch, tok):
-    (tmp_path / "draft.py").write_text(f"{PREFIX}<FILL>{SUFFIX}")
-    # an infill; take it, and another; type on
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n / len(xs)\\n\n"))
-    shown = cli("draft.py", "--interactive")
-    texts, prefix, expected = [], PREFIX, ""
-    for line in (None, None, " / len(xs)\n"):
-        prefix += line or "".join(texts[-1:])
-        texts.append(expected_infill(run, prefix, SUFFIX)[0].text)
-        expected += f"> {prefix}{texts[-1]}{SUFFIX}\n"
-    assert shown.out == expected + "> \n"
-    reused = [int(n) for n in re.findall(r"(\d+) of the prompt's \d+ tokens reused", shown.err)]
-    assert reused[0] == 0 and reused[1] >= len(tok.encode(SUFFIX)) + 2 <= reused[2]
-
-
 @pytest.mark.parametrize("arguments, code, message", [
     ("zero.py", 2, "zero.py: expected one <FILL> where the hole is, found 0"), ("two.py", 2, "found 2"),
-    ("latin.py", 2, "latin.py: expected UTF-8 text"), ("missing.py", 1, "missing.py"), ("", 2, "FILE"),
-    ("one.py --interactive --write", 2, "not allowed with")])
+    ("latin.py", 2, "latin.py: expected UTF-8 text"), ("missing.py", 1, "missing.py"), ("", 2, "FILE")])
 def test_a_mistake_is_one_line(arguments, code, message, cli, tmp_path):
-    for name, text in {"zero": "x", "one": "<FILL>", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
+    for name, text in {"zero": "x", "two": "<FILL>\n<FILL>", "latin": "é<FILL>"}.items():
         (tmp_path / f"{name}.py").write_text(text, "latin-1")
     shown = cli(*arguments.split())
     assert shown.code == code and message in shown.err and not shown.out
