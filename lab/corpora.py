@@ -31,6 +31,7 @@ import os
 import random
 import re
 import tempfile
+import textwrap
 from bisect import bisect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,202 +191,153 @@ def questions(text):
     return asked
 
 
-# programs: what a docstring says and the code that means it. {x} is the element; {k} and {l} are constants. A
-# test: its words, a name, its code, its negation's code.
-TESTS = (("are even", "even", "{x} % 2 == 0", "{x} % 2 != 0"),
-         ("are odd", "odd", "{x} % 2 == 1", "{x} % 2 == 0"),
-         ("are positive", "positive", "{x} > 0", "{x} <= 0"),
-         ("are negative", "negative", "{x} < 0", "{x} >= 0"),
-         ("are greater than {k}", "greater", "{x} > {k}", "{x} <= {k}"),
-         ("are less than {k}", "less", "{x} < {k}", "{x} >= {k}"),
-         ("are at least {k}", "large", "{x} >= {k}", "{x} < {k}"),
-         ("are at most {k}", "small", "{x} <= {k}", "{x} > {k}"),
-         ("are divisible by {k}", "multiples", "{x} % {k} == 0", "{x} % {k} != 0"),
-         ("are from {k} to {l}", "between", "{k} <= {x} <= {l}", "not {k} <= {x} <= {l}"))
-# A change of a number: "each squared", as a noun "the squares of" (or ""), its code.
-CHANGES = (("squared", "squares", "{x} * {x}"), ("cubed", "cubes", "{x} ** 3"), ("doubled", "", "2 * {x}"),
-           ("halved", "", "{x} // 2"), ("negated", "", "-{x}"),
-           ("without sign", "absolute values", "abs({x})"), ("times {k}", "", "{x} * {k}"),
-           ("divided by {k}", "", "{x} // {k}"),
-           ("modulo {k}", "", "{x} % {k}"), ("plus {k}", "", "{x} + {k}"), ("minus {k}", "", "{x} - {k}"),
-           ("taken from {k}", "", "{k} - {x}"))
-
-
-class Fold(NamedTuple):
-    """What is made of values. {v}: a value, {w}: in brackets where needed; {r}: the result; {}: the
-    comprehension "v for x in xs if ..."."""
-    words: str
-    result: str        # the name of the result
-    expression: str    # in one line, or ""
-    two_steps: str     # the second line, after kept = [{}], or ""
-    start: str         # of a loop's result; "" where the loop returns from inside
-    step: str
-    end: str           # what the loop returns
-    recursion: str = ""
-
-
+# programs: tables of what a docstring says and of the code that means it. {x} is the element; {k} and {l} are
+# constants. A test: "numbers that are ...", a name, its code, its negation's code.
+TESTS = (("even", "even", "{x} % 2 == 0", "{x} % 2 != 0"),
+         ("odd", "odd", "{x} % 2 == 1", "{x} % 2 == 0"),
+         ("positive", "positive", "{x} > 0", "{x} <= 0"),
+         ("negative", "negative", "{x} < 0", "{x} >= 0"),
+         ("greater than {k}", "greater", "{x} > {k}", "{x} <= {k}"),
+         ("less than {k}", "less", "{x} < {k}", "{x} >= {k}"),
+         ("at least {k}", "large", "{x} >= {k}", "{x} < {k}"),
+         ("at most {k}", "small", "{x} <= {k}", "{x} > {k}"),
+         ("divisible by {k}", "multiples", "{x} % {k} == 0", "{x} % {k} != 0"),
+         ("from {k} to {l}", "between", "{k} <= {x} <= {l}", "not {k} <= {x} <= {l}"))
+# A change of a number: "each ...", its code. Some are better said with a noun: "the squares of ...".
+CHANGES = (("squared", "{x} * {x}"), ("cubed", "{x} ** 3"), ("doubled", "2 * {x}"), ("halved", "{x} // 2"),
+           ("negated", "-{x}"), ("without sign", "abs({x})"), ("times {k}", "{x} * {k}"),
+           ("divided by {k}", "{x} // {k}"), ("modulo {k}", "{x} % {k}"), ("plus {k}", "{x} + {k}"),
+           ("minus {k}", "{x} - {k}"), ("taken from {k}", "{k} - {x}"))
+NOUNS = {"squared": "squares", "cubed": "cubes", "without sign": "absolute values"}
+# What is made of values: words; a loop: what stands before it, what it does with a value, what is returned;
+# other expressions for that, kept being [{all}]; and the one of a recursion, if any, rest being the result of
+# the other elements. {v}: a value, {w}: in brackets where needed; {all}: "v for x in xs if ...".
 FOLDS = {
-    "sum": Fold("the sum of {np}", "total", "sum({})", "sum(kept)", "0", "{r} += {v}", "{r}",
-                "rest + {v}"),
-    "product": Fold("the product of {np}", "product", "", "", "1", "{r} *= {v}", "{r}",
-                    "rest * {w}"),
-    "count": Fold("the number of {np}", "count", "len([{}])", "len(kept)", "0", "{r} += 1", "{r}",
-                  "rest + 1"),
-    "max": Fold("the largest of {np}, or None", "best",
-                "max([{}], default=None)", "max(kept, default=None)",
-                "None", "if {r} is None or {v} > {r}:\n    {r} = {v}", "{r}"),
-    "min": Fold("the smallest of {np}, or None", "best",
-                "min([{}], default=None)", "min(kept, default=None)",
-                "None", "if {r} is None or {v} < {r}:\n    {r} = {v}", "{r}"),
-    "list": Fold("a list of {np}", "out", "[{}]", "", "[]", "{r}.append({v})", "{r}", "[{v}] + rest"),
-    "first": Fold("the first of {np}, or None", "first", "next(({}), None)", "", "", "return {v}", "None"),
-    "last": Fold("the last of {np}, or None", "last", "", "kept[-1] if kept else None", "None", "{r} = {v}",
-                 "{r}"),
-    "running": Fold("the running sums of {np}", "sums", "", "", "[]\nso_far = 0",
-                    "so_far += {v}\n{r}.append(so_far)", "{r}"),
-    "any": Fold("whether there are any {np}", "found", "any({})", "", "", "return True", "False"),
-    "all": Fold("whether all {np}", "ok", "all({})", "", "", "return False", "True"),
-}
-# Names of the argument and of the element, and what the elements are called.
-SOURCES = {"numbers": ("xs,x numbers,n values,v", "numbers in {a}"),
-           "counted": ("n,i limit,i", "numbers from 1 to {a}")}
-
-
-def some_arguments():
-    """{kind: arguments}, the same in every run."""
-    draw = random.Random(0)
-    numbers = [[draw.randint(-15, 20) for _ in range(2 + i % 7)] for i in range(22)]
-    return {"numbers": [[], *([x] for x in range(-2, 16)), *numbers],
-            "positive": [*range(1, 25), 27, 30, 36, 48, 59, 64, 77, 90, 100, 108, 139, 205, 246],
-            "integer": [*range(-12, 24), -50, 36, 75, 100]}
-
-
-ARGUMENTS = some_arguments()
+    "sum": ("the sum of the {}", "total = 0", "total += {v}", "total",
+            ("sum({all})", "sum(kept)"), "rest + {v}"),
+    "product": ("the product of the {}", "product = 1", "product *= {v}", "product", (), "rest * {w}"),
+    "count": ("the number of {}", "count = 0", "count += 1", "count",
+              ("len([{all}])", "len(kept)"), "rest + 1"),
+    "max": ("the largest of the {}, or None",
+            "best = None", "if best is None or {v} > best:\n    best = {v}", "best",
+            ("max([{all}], default=None)", "max(kept, default=None)"), ""),
+    "min": ("the smallest of the {}, or None",
+            "best = None", "if best is None or {v} < best:\n    best = {v}", "best",
+            ("min([{all}], default=None)", "min(kept, default=None)"), ""),
+    "list": ("a list of the {}", "out = []", "out.append({v})", "out", ("[{all}]",), "[{v}] + rest"),
+    "first": ("the first of the {}, or None", "", "return {v}", "None", ("next(({all}), None)",), ""),
+    "last": ("the last of the {}, or None", "last = None", "last = {v}", "last",
+             ("kept[-1] if kept else None",), ""),
+    "running": ("the running sums of the {}",
+                "sums = []\nso_far = 0", "so_far += {v}\nsums.append(so_far)", "sums", (), ""),
+    "any": ("whether there are any {}", "", "return True", "False", ("any({test} for {x} in {xs})",), ""),
+    "all": ("whether all {}", "", "return False", "True", ("all({test} for {x} in {xs})",), "")}
+# The elements: names of the argument and of an element, words, code, and how a recursion begins.
+SOURCES = {
+    "numbers": ("xs,x numbers,n values,v", "numbers in {a}", "{a}",
+                "if not {a}:\n    return {nothing}\n{x} = {a}[0]\nrest = {name}({a}[1:])"),
+    "range": ("n,i limit,i", "numbers from 1 to {a}", "range(1, {a} + 1)",
+              "if {a} == 0:\n    return {nothing}\n{x} = {a}\nrest = {name}({a} - 1)")}
+EXAMPLES = {"numbers": lambda draw, i: [draw.randint(-5, 12) for _ in range(3 - i)],
+            "range": lambda draw, i: draw.randint(2, 5),
+            "number": lambda draw, i: draw.randint(1, 20) if i else draw.randint(-9, -1)}  # i: which example
 
 
 def programs(rng):
     """A function of some numbers, of the numbers to n, or of one number; its docstring says what it does and
     shows two examples."""
     draw = random.Random(int(rng.integers(2**63)))
-    name, argument, kind, words, lines = draw.choices((over_many, piecewise), (10, 2))[0](draw)
-    head, body = f"def {name}({argument}):\n", "".join(f"    {line}\n" for line in lines)
-    function, shown = function_of(head + body), {}
+    name, argument, kind, words, body = draw.choices((over_many, piecewise), (10, 2))[0](draw)
+    head = f"def {name}({argument})"
+    function, shown = function_of(block(head, body)), {}
     for _ in range(20):
         value = EXAMPLES[kind](draw, len(shown))
         if len(shown) < 2 and (result := function(value)) not in (None, [], 0):
-            shown[f"{name}({value})"] = result
+            shown[f">>> {name}({value})"] = result
     if len(shown) < 2 or len(words) > 90:  # it hardly ever does anything, or takes too long to say
         return programs(rng)
-    examples = "".join(f"    >>> {call}\n    {result!r}\n" for call, result in shown.items())
-    return f'{head}    """{words[0].upper()}{words[1:]}.\n\n{examples}    """\n{body}'
-
-
-EXAMPLES = {"numbers": lambda draw, i: [draw.randint(-5, 12) for _ in range(3 - i)],
-            "counted": lambda draw, i: draw.randint(2, 5),
-            "number": lambda draw, i: draw.randint(1, 20) if i else draw.randint(-9, -1)}  # i: which example
+    examples = "".join(f"{call}\n{result!r}\n" for call, result in shown.items())
+    return block(head, f'"""{words[0].upper()}{words[1:]}.\n\n{examples}"""\n{body}\n')
 
 
 def over_many(draw):
     """A fold over those of some elements that pass a test, each changed, perhaps -> a function's name,
-    argument, its kind (of EXAMPLES), words and lines."""
-    source = draw.choices(tuple(SOURCES), (10, 3))[0]
-    names, noun = SOURCES[source]
+    argument, kind (of EXAMPLES), words and body."""
+    kind = draw.choices(tuple(SOURCES), (10, 3))[0]
+    names, noun, *code = SOURCES[kind]
     argument, x = draw.choice(names.split()).split(",")
     fold = draw.choice(tuple(FOLDS))
-    is_of_elements = fold in ("any", "all", "count")  # not of values
-    change = None if is_of_elements or draw.random() < 0.3 else draw.choice(CHANGES)
-    claim = part = test = negation = ""
-    if is_of_elements or draw.random() < 0.7:
-        claim, part, test, negation = draw.choice(TESTS)
+    words, before, step, *_ = FOLDS[fold]
+    of_values = "{v}" in step  # else of elements as they are, and those never without a test
+    change, value = draw.choice(CHANGES) if of_values and draw.random() >= 0.3 else ("", "{x}")
+    claim, part, test, negation = draw.choice(TESTS) if not of_values or draw.random() < 0.7 else [""] * 4
     if fold == "all":
-        noun = f"{noun} {claim}"
-    elif claim.startswith("are ") and claim.count(" ") == 1:
-        noun = f"{claim.split()[1]} {noun}"  # even numbers
+        noun = f"{noun} are {claim}"
     elif claim:
-        noun = f"{noun} that {claim}"
-    if not is_of_elements:
-        noun = f"the {noun}"
+        noun = f"{noun} that are {claim}" if " " in claim else f"{claim} {noun}"
     if change:
-        noun = f"the {change[1]} of {noun}" if change[1] else f"{noun}, each {change[0]}"
-    value = change[2] if change else "{x}"
-    words = FOLDS[fold].words.replace("{np}", noun)
+        noun = f"{NOUNS[change]} of the {noun}" if change in NOUNS else f"{noun}, each {change}"
     # Two words of what it does, so that the docstring alone tells all of it.
-    of_change = (change[1] or change[0]).split()[0] if change else ""
-    about = [word for word in (fold, part, of_change, "numbers" if source == "numbers" else "range") if word]
-    name = "_".join(draw.sample(about, 2))
-
-    fill = {"a": argument, "k": draw.randint(2, 9), "l": draw.randint(10, 15)}
-    words, test, negation, value = (text.format(x=x, **fill) for text in (words, test, negation, value))
-    lines = draw.choice(bodies(source, fold, name, argument, x, test, negation, value))
-    return name, argument, source, words, lines
+    about = [fold, part, NOUNS.get(change, change).partition(" ")[0], kind]
+    name = "_".join(draw.sample([word for word in about if word], 2))
+    words, *code = filled(draw, words.format(noun), test, negation, value, *code,
+                          a=argument, x=x, name=name, nothing=before.partition(" = ")[2])
+    return name, argument, kind, words, draw.choice(bodies(fold, x, *code))
 
 
-def bodies(source, fold, name, argument, x, test, negation, value):
-    """The ways to write a fold, each a list of lines: in one expression, in two steps, as a loop, by
-    recursion. test, negation and value are code about x; test is "" where every element passes."""
-    way, ways = FOLDS[fold], []
-    result = way.result
-    fill = {"r": result, "v": value, "w": f"({value})" if " " in value else value}
-    many = f"range(1, {argument} + 1)" if source == "counted" else argument
-    comprehension = f"{value} for {x} in {many} if {test}" if test else f"{value} for {x} in {many}"
-    if fold in ("any", "all"):
-        comprehension = f"{test} for {x} in {many}"
-    if way.expression:
-        ways.append(["return " + way.expression.format(comprehension, **fill)])
-    if way.two_steps:
-        ways.append([f"kept = [{comprehension}]", "return " + way.two_steps.format(**fill)])
+def bodies(fold, x, test, negation, value, xs, recursion):
+    """The ways to write a fold: in one line or two, as a loop, by recursion. All but fold is code; test is ""
+    where every element passes."""
+    _, before, step, result, expressions, grown = FOLDS[fold]
+    ways = [("kept = [{all}]\n" if "kept" in text else "") + f"return {text}" for text in expressions]
 
-    # A loop: what stands before it, what follows it, what is done with an element that passes.
-    before = f"{result} = {way.start}".split("\n") if way.start else []
-    after = "return " + way.end.format(**fill)
-    step = way.step.format(**fill).split("\n")
-    if fold in ("max", "min") and value != x:
-        step = [f"value = {value}", *way.step.format(**fill | {"v": "value"}).split("\n")]
-    test_inside = negation if fold == "all" else test
-    inside = [f"if {test_inside}:", *indented(step)] if test else step
-    ways.append([*before, f"for {x} in {many}:", *indented(inside), after])
+    if step.count("{v}") > 1 and value != x:
+        step = "value = {v}\n" + step.replace("{v}", "value")
+    if test:
+        step = block(f"if {negation if fold == 'all' else test}", step)
+    ways.append(f"{before}\n{block(f'for {x} in {xs}', step)}\nreturn {result}".lstrip())
 
-    # Recursion: nothing is left; else one element, and the result of the rest.
-    if way.recursion:
-        a = argument
-        empty, one, rest = (f"{a} == 0", a, f"{a} - 1") if source == "counted" else (
-            f"not {a}", f"{a}[0]", f"{a}[1:]")
-        grown = "rest + [{v}]" if fold == "list" and source == "counted" else way.recursion
-        grown = "return " + grown.format(**fill)
-        ways.append([f"if {empty}:", f"    return {way.start}", f"{x} = {one}", f"rest = {name}({rest})",
-                     *([f"if {test}:", f"    {grown}", "return rest"] if test else [grown])])
-    return ways
+    if grown:
+        if fold == "list" and xs.startswith("range"):
+            grown = "rest + [{v}]"  # a range loses its last number, a list its first
+        end = block(f"if {test}", f"return {grown}") + "\nreturn rest" if test else f"return {grown}"
+        ways.append(f"{recursion}\n{end}")
 
-
-def indented(lines):
-    return [f"    {line}" for line in lines]
+    each = f"{value} for {x} in {xs} if {test}" if test else f"{value} for {x} in {xs}"
+    in_brackets = f"({value})" if " " in value else value
+    return [way.format(x=x, xs=xs, test=test, all=each, v=value, w=in_brackets) for way in ways]
 
 
 def piecewise(draw):
     """One of two changes of a number, by a test; or a change whose result is kept within bounds."""
     a, y = draw.choice(("n", "x", "number")), draw.choice(("y", "result"))
-
-    def filled(*texts):
-        fill = {"x": a, "k": draw.randint(2, 9), "l": draw.randint(10, 15)}
-        return [text.format(**fill) for text in texts]
-
-    change, other = draw.sample(CHANGES, 2)
-    first, v = filled(change[0], change[2])
-    second, w = filled(other[0], other[2])
+    (first, v), (second, w) = [filled(draw, *change, x=a) for change in draw.sample(CHANGES, 2)]
     if draw.random() < 0.3:
         low, high = draw.randint(-9, 3), draw.randint(4, 20)
-        ways = [[f"return max({low}, min({high}, {v}))"],
-                [f"{y} = min({v}, {high})", f"return max({y}, {low})"],
-                [f"{y} = {v}", f"if {y} < {low}:", f"    return {low}", f"if {y} > {high}:",
-                 f"    return {high}", f"return {y}"]]
-        words = f"return {a} {first}, but at least {low} and at most {high}"
-        return "clamp", a, "number", words, draw.choice(ways)
-    claim, name, test, _ = draw.choice(TESTS)
-    claim, test = filled(claim.replace("are", "is"), test)
-    ways = [[f"return {v} if {test} else {w}"], [f"if {test}:", f"    return {v}", f"return {w}"],
-            [f"if {test}:", f"    {y} = {v}", "else:", f"    {y} = {w}", f"return {y}"]]
-    name = f"{draw.choice(('if', 'number', 'change'))}_{name}"
-    return name, a, "number", f"return {a} {first} if it {claim}, else {second}", draw.choice(ways)
+        name, words = "clamp", f"return {a} {first}, but at least {low} and at most {high}"
+        ways = (f"return max({low}, min({high}, {v}))",
+                f"{y} = min({v}, {high})\nreturn max({y}, {low})",
+                f"{y} = {v}\nif {y} < {low}:\n    return {low}\n"
+                f"if {y} > {high}:\n    return {high}\nreturn {y}")
+    else:
+        claim, part, test, _ = draw.choice(TESTS)
+        claim, test = filled(draw, claim, test, x=a)
+        name = f"{draw.choice(('if', 'number', 'change'))}_{part}"
+        words = f"return {a} {first} if it is {claim}, else {second}"
+        ways = (f"return {v} if {test} else {w}",
+                f"if {test}:\n    return {v}\nreturn {w}",
+                f"if {test}:\n    {y} = {v}\nelse:\n    {y} = {w}\nreturn {y}")
+    return name, a, "number", words, draw.choice(ways)
+
+
+def filled(draw, *texts, **names):
+    """The texts with these names and two constants."""
+    names |= {"k": draw.randint(2, 9), "l": draw.randint(10, 15)}
+    return [text.format(**names) for text in texts]
+
+
+def block(head, lines):
+    return f"{head}:\n" + textwrap.indent(lines, "    ")
 
 
 @functools.lru_cache(16)
@@ -407,10 +359,18 @@ def shown_arguments(document):
             for line in document.split("\n") if line.startswith("    >>> ")]
 
 
+# What functions are called with: lists of numbers, integers, positive ones.
+DRAW = random.Random(0)
+LISTS = [[], *([x] for x in range(-2, 16)),
+         *([DRAW.randint(-15, 20) for _ in range(2 + i % 7)] for i in range(22))]
+INTEGERS = [*range(-12, 24), -50, 36, 75, 100]
+POSITIVE = [*range(1, 25), 27, 30, 36, 48, 59, 64, 77, 90, 100, 108, 139, 205, 246]
+
+
 def arguments(document):
     """Some 40 arguments for a document's function, of the kind that its examples show."""
     shown = shown_arguments(document)
-    return ARGUMENTS["numbers" if isinstance(shown[0], list) else "integer" if min(shown) < 0 else "positive"]
+    return LISTS if isinstance(shown[0], list) else INTEGERS if min(shown) < 0 else POSITIVE
 
 
 def key(document):
