@@ -93,10 +93,7 @@ class Markov:
     @functools.cached_property
     def powers(self):
         """(LONGEST + 2, n, n): powers[k][a, s] = P(s follows a, k letters later)."""
-        powers = [np.eye(len(self.P))]
-        for _ in range(LONGEST + 1):
-            powers.append(powers[-1] @ self.P)
-        return np.array(powers)
+        return np.array([np.linalg.matrix_power(self.P, k) for k in range(LONGEST + 2)])
 
     def infill(self, before, middle, after, prior):
         """The best possible prediction of a middle, by Bayes' rule: (len(middle) + 1, n + 1), the probability
@@ -125,31 +122,31 @@ class Markov:
 MARKOV = Markov()
 
 
-def markov(rng):
-    return MARKOV.text(rng)
+def lines(rng, sign, n, may_repeat=False):
+    """n lines of a sign, an animal and a gift."""
+    keys, values = rng.choice(ANIMALS, n, may_repeat), rng.choice(GIFTS, n, may_repeat)
+    return [f"{sign} {key} {value}\n" for key, value in zip(keys, values)]
+
+
+def asked(rng, facts):
+    """Eight lines that ask for some of these and answer."""
+    return ["?" + facts[i][1:] for i in rng.integers(0, len(facts), 8)]
 
 
 def records(rng):
-    n = int(rng.integers(2, 9))
-    keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
-    facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
-    return "".join(facts + [f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 8)])
+    facts = lines(rng, "=", rng.integers(2, 9))
+    return "".join(facts + asked(rng, facts))
 
 
 def rare(rng):
-    if rng.random() < 0.25:
-        return records(rng)
-    return "".join(f"- {key} {value}\n" for key, value in zip(rng.choice(ANIMALS, 13), rng.choice(GIFTS, 13)))
+    return records(rng) if rng.random() < 0.25 else "".join(lines(rng, "-", 13, may_repeat=True))
 
 
 def haystack(rng):
-    n, n_others = int(rng.integers(2, 7)), int(rng.integers(4, 17))
-    keys, values = rng.choice(ANIMALS, n, replace=False), rng.choice(GIFTS, n, replace=False)
-    facts = [f"= {key} {value}\n" for key, value in zip(keys, values)]
-    others = [f"- {key} {value}\n"
-              for key, value in zip(rng.choice(ANIMALS, n_others), rng.choice(GIFTS, n_others))]
-    return "".join([*rng.permutation(facts + others),
-                    *(f"? {keys[i]} {values[i]}\n" for i in rng.integers(0, n, 8))])
+    n, n_others = rng.integers(2, 7), rng.integers(4, 17)
+    facts = lines(rng, "=", n)
+    shuffled = rng.permutation(facts + lines(rng, "-", n_others, may_repeat=True))
+    return "".join([*shuffled, *asked(rng, facts)])
 
 
 def chains(rng):
@@ -453,7 +450,7 @@ def passes_all(pairs, at_once=50):
         return [passed for chunk in chunks for passed in chunk]
 
 
-CORPORA = {"markov": markov, "records": records, "rare": rare, "haystack": haystack, "chains": chains,
+CORPORA = {"markov": MARKOV.text, "records": records, "rare": rare, "haystack": haystack, "chains": chains,
            "programs": programs}
 
 
