@@ -23,7 +23,6 @@
 
 A document is a pure function of (name, seed, index). `--data` draws with seed 0; measure with another seed.
 """
-import ast
 import functools
 import hashlib
 import json
@@ -337,7 +336,6 @@ def block(head, lines):
     return f"{head}:\n" + textwrap.indent(lines, "    ")
 
 
-@functools.lru_cache(16)
 def function_of(source):
     """The function that a source of programs defines. (It runs here and now: give it no model's text.)"""
     namespace = {}
@@ -347,13 +345,7 @@ def function_of(source):
 
 def body_start(document):
     """Where the body of a document of programs begins: the end of its docstring's last line."""
-    return document.index('"""\n', document.index('"""') + 3) + len('"""\n')
-
-
-def shown_arguments(document):
-    """The arguments in a document's two examples."""
-    return [ast.literal_eval(line[line.index("(") + 1:-1])
-            for line in document.split("\n") if line.startswith("    >>> ")]
+    return document.index('"""\n') + len('"""\n')
 
 
 # What functions are called with: lists of numbers, integers, positive ones.
@@ -365,17 +357,15 @@ POSITIVE = [*range(1, 25), 27, 30, 36, 48, 59, 64, 77, 90, 100, 108, 139, 205, 2
 
 
 def arguments(document):
-    """Some 40 arguments for a document's function, of the kind that its examples show."""
-    shown = shown_arguments(document)
-    return LISTS if isinstance(shown[0], list) else INTEGERS if min(shown) < 0 else POSITIVE
+    """Some 40 arguments for a document's function, of the kind that its first example shows."""
+    sign = re.search(r">>> \w+\((.)", document)[1]
+    return LISTS if sign == "[" else INTEGERS if sign == "-" else POSITIVE
 
 
 def key(document):
     """What the function of a document does, as a str: its results for arguments(document). Documents that do
     the same have one key, however they are written, so they share a side of the split."""
-    start = body_start(document)
-    function = function_of(document[:document.index("\n") + 1] + document[start:])
-    return repr([function(argument) for argument in arguments(document)])
+    return repr(list(map(function_of(document), arguments(document))))
 
 
 def held_out_programs(n, seed):
@@ -405,8 +395,7 @@ def hole(document, kind, rng):
     return document[:places[first]], document[places[first]:places[last]], document[places[last]:]
 
 
-# What passes_all runs in the sandbox: check(i) is True if text i gives the results of document i. Its names
-# are those that a program needs: no import, no print, no exit.
+# Runs in the sandbox. A text has the names that a program needs: no import, no print, no exit.
 CHECKER = '''
 import builtins
 
@@ -414,8 +403,7 @@ NAMES = """abs all any bool divmod enumerate filter int isinstance len list map 
 reversed set sorted str sum tuple zip""".split()
 
 
-def check(i):
-    text, name, results = JOBS[i]
+def check(text, name, results):
     namespace = {"__builtins__": {name: getattr(builtins, name) for name in NAMES}}
     exec(text, namespace)
     return all(repr(namespace[name](argument)) == result for argument, result in results)
@@ -428,26 +416,23 @@ def passes(text, document):
     return passes_all([(text, document)])[0]
 
 
-def passes_all(pairs, at_once=50):
-    """[passes(text, document) for text, document in pairs], with at_once of them in a process."""
-    jobs = []
+def passes_all(pairs):
+    """[passes(text, document) for text, document in pairs], fifty of them in a process."""
+    checks = []
     for text, document in pairs:
-        function, shown = function_of(document), shown_arguments(document)
+        function = function_of(document)
         results = [(argument, repr(function(argument))) for argument in arguments(document)
-                   if argument not in shown]
-        jobs.append((text, function.__name__, results))
+                   if f"({argument})\n" not in document]
+        checks.append(f">>> check({text!r}, {function.__name__!r}, {results})\nTrue\n")
 
-    def run(jobs):
-        tests = {str(i): f">>> check({i})\nTrue\n" for i in range(len(jobs))}
-        program = f"JOBS = {jobs!r}\n{CHECKER}"
-        outcome = sandbox.run(program, "checker", tests, timeout=1 + len(jobs), each=0.5)
-        if len(jobs) > 1 and not outcome.passed:  # one of them ended the process
-            return [passed for job in jobs for passed in run([job])]
-        return [outcome.passed.get(name, False) for name in tests]
+    def run(checks):
+        passed = sandbox.run(CHECKER, "checker", dict(enumerate(checks)), 1 + len(checks), each=0.5).passed
+        if passed or len(checks) == 1:
+            return list(passed.values()) or [False]
+        return [run([check])[0] for check in checks]  # one of them ended the process
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = pool.map(run, [jobs[i:i + at_once] for i in range(0, len(jobs), at_once)])
-        return [passed for chunk in chunks for passed in chunk]
+        return sum(pool.map(run, [checks[i:i + 50] for i in range(0, len(checks), 50)]), [])
 
 
 CORPORA = {"markov": MARKOV.text, "records": records, "rare": rare, "haystack": haystack, "chains": chains,

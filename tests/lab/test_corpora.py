@@ -122,8 +122,7 @@ def test_no_held_out_meaning_is_trained_on(tmp_path):
     """... also where words, names and style differ. (Functions that differ in one call are two meanings.)"""
     meanings, texts = {False: defaultdict(list), True: defaultdict(list)}, []
     for text, is_held_out in hold_out(read_files(source_files("programs:4000", tmp_path))):
-        results = [function_of(text)(argument) for argument in arguments(text)]
-        meanings[is_held_out][str(results)].append(text)
+        meanings[is_held_out][str([*map(function_of(text), arguments(text))])].append(text)
         texts.append(text)
     assert sorted(texts) == sorted(documents("programs", 4000, seed=0))
     assert len(meanings[True]) > 80 and not meanings[True].keys() & meanings[False].keys()
