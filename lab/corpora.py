@@ -4,22 +4,19 @@
     python train.py --objective meap --data records:50000 --vocab-size 512   a stated number
     python -m lab.corpora                                                    prints a document of each
 
-    name       a document                                        its truth
-    markov     8 to 32 letters, each drawn given the one before  entropy, P(next letter) and P(<EOT>) given a
-                                                                 suffix: class Markov
-    records    = fox fig        2 to 8 records, key and value,   questions(text): what follows each "? key"
-               = owl tea        then 8 questions with their
-               ? fox fig        answers
-    rare       - fox fig        records, once in four documents; questions(text)
-               - owl tea        else lines never asked for
-    haystack   = fox fig        2 to 6 records among 4 to 16     questions(text)
-               - owl tea        lines that are never asked for,
-               ? fox fig        then 8 questions
-    chains     = fox owl        a value may stand one, two or    questions(text), with the number of hops
-               = owl tea        three hops away; 4 questions
+    name       a document                                         its truth
+    markov     8 to 32 letters, each drawn given the one before   class Markov: entropy, P(next letter) and
+                                                                  P(<EOT>) given a suffix
+    records    = fox fig   2 to 8 records, a key and a value,     questions(text): what follows each "? key"
+               = owl tea   then 8 questions with their answers
+               ? fox fig
+    rare       one in four is one of records; the others are 13 lines "- fox fig", never asked for
+    haystack   2 to 6 records among 4 to 16 lines "- fox fig", never asked for; then 8 questions
+    chains     = fox owl   a value may stand one, two or three    questions(text), with the number of hops
+               = owl tea   hops away; 4 questions
                ? fox tea
-    programs   a short Python function with a docstring  passes(text, document): does a text do what the
-               and two doctest examples                  document's function does; hole(...): what to fill
+    programs   a short Python function with a docstring and two   passes(text, document): does a text do what
+               doctest examples                                   the document does; hole(...): what to fill
 
 A document is a pure function of (name, seed, index). `--data` draws with seed 0; measure with another seed.
 """
@@ -171,20 +168,18 @@ class Question(NamedTuple):
 
 def questions(text):
     """The questions of a text of records, haystack or chains, with the answers that its records give."""
-    facts, asked, start = {}, [], 0
-    lines = text.splitlines(keepends=True)
-    for number, line in enumerate(lines):
-        sign, key, *value = line.split()
+    facts, found = {}, []
+    for number, line in enumerate(re.finditer(r"(.) (\w+) (\w+)", text)):
+        sign, key, value = line.groups()
         if sign == "=":
-            facts[key] = number, value[0]
+            facts[key] = number, value
         elif sign == "?":
             hops, answer = 0, key
             while answer in facts:
                 at, answer = facts[answer]
                 hops += 1
-            asked.append(Question(start + len(f"? {key}"), answer, hops, number - at, len(facts)))
-        start += len(line)
-    return asked
+            found.append(Question(line.end(2), answer, hops, number - at, len(facts)))
+    return found
 
 
 # programs: tables of what a docstring says and of the code that means it. {x} is the element; {k} and {l} are
@@ -205,9 +200,10 @@ CHANGES = (("squared", "{x} * {x}"), ("cubed", "{x} ** 3"), ("doubled", "2 * {x}
            ("divided by {k}", "{x} // {k}"), ("modulo {k}", "{x} % {k}"), ("plus {k}", "{x} + {k}"),
            ("minus {k}", "{x} - {k}"), ("taken from {k}", "{k} - {x}"))
 NOUNS = {"squared": "squares", "cubed": "cubes", "without sign": "absolute values"}
-# What is made of values: words; a loop: what stands before it, what it does with a value, what is returned;
-# other expressions for that, kept being [{all}]; and the one of a recursion, if any, rest being the result of
-# the other elements. {v}: a value, {w}: in brackets where needed; {all}: "v for x in xs if ...".
+# What is made of values: its words; a loop, as the lines before it, the step for a value and what it returns;
+# other expressions to return, where kept is the list [{all}]; what a recursion returns ("": there is none),
+# where rest is its result for the other elements; of none it returns what the loop starts with. {v}: a value,
+# {w}: the same, in brackets where it needs them; {all}: "v for x in xs if ...".
 FOLDS = {
     "sum": ("the sum of the {}", "total = 0", "total += {v}", "total",
             ("sum({all})", "sum(kept)"), "rest + {v}"),
