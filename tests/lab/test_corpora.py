@@ -9,7 +9,7 @@ import pytest
 
 from data import hold_out, prepare, read_files, source_files
 from lab.corpora import (CORPORA, LETTERS, MARKOV, Markov, arguments, body_start, documents,
-                         function_of, hole, passes, passes_all, questions)
+                         function_of, hole, key, passes, passes_all, questions)
 
 
 def chain():
@@ -118,16 +118,21 @@ def test_programs_do_what_their_examples_show():
         assert len(test.examples) == 2 and doctest.DocTestRunner(verbose=False).run(test).failed == 0, text
 
 
+def test_one_sentence_has_one_meaning_however_the_code_is_written():
+    meanings = defaultdict(list)
+    for text in documents("programs", 3000, seed=2):
+        meanings[text.split('"""')[1].split("\n")[0]].append(key(text))
+    assert len(meanings) < 2800 and all(len(set(same)) == 1 for same in meanings.values())
+
+
 def test_no_held_out_meaning_is_trained_on(tmp_path):
     """... also where words, names and style differ. (Functions that differ in one call are two meanings.)"""
-    meanings, texts = {False: defaultdict(list), True: defaultdict(list)}, []
+    bodies = {False: defaultdict(set), True: defaultdict(set)}  # of each meaning
     for text, is_held_out in hold_out(read_files(source_files("programs:4000", tmp_path))):
-        meanings[is_held_out][str([*map(function_of(text), arguments(text))])].append(text)
-        texts.append(text)
-    assert sorted(texts) == sorted(documents("programs", 4000, seed=0))
-    assert len(meanings[True]) > 80 and not meanings[True].keys() & meanings[False].keys()
-    bodies = [{text[body_start(text):] for text in same} for same in meanings[True].values()]
-    assert max(map(len, bodies)) > 3  # one meaning in more than three spellings
+        results = [*map(function_of(text), arguments(text))]
+        bodies[is_held_out][str(results)].add(text[body_start(text):])
+    assert len(bodies[True]) > 80 and not bodies[True].keys() & bodies[False].keys()
+    assert max(map(len, bodies[True].values())) > 3  # one meaning in more than three spellings
 
 
 @pytest.mark.parametrize("body, right", [
@@ -144,8 +149,7 @@ def test_no_held_out_meaning_is_trained_on(tmp_path):
     (["import os", "return sum(x * x for x in xs if x > 3)"], False),
     (["print(1)", "return sum(x * x for x in xs if x > 3)"], False),
     (["exit()"], False),
-    (["().__class__.__base__.__subclasses__()", "return sum(x * x for x in xs if x > 3)"], True),
-    (["return 0", "", "squares = max"], False)])
+    (["().__class__.__base__.__subclasses__()", "return sum(x * x for x in xs if x > 3)"], True)])
 def test_a_filled_function_passes_if_it_gives_the_results(body, right):
     assert passes(with_body(body), SQUARES) == right
 
