@@ -380,8 +380,8 @@ def hole(document, kind, rng):
     """Takes a part, never empty, out of the body of a document of programs -> (prefix, middle, suffix), or
     None if there is no such part. kind: "line"; "lines", two or more in a row; "span", any characters in a
     row (FIM, section 4.5). rng draws which."""
-    start = body_start(document)
-    places = [i for i in range(start, len(document) + 1) if kind == "span" or document[i - 1] == "\n"]
+    places = [i for i in range(body_start(document), len(document) + 1)
+              if kind == "span" or document[i - 1] == "\n"]
     least, most = {"line": (1, 1), "lines": (2, len(places)), "span": (1, len(places))}[kind]
     if len(places) <= least:
         return None
@@ -417,9 +417,10 @@ def passes_all(pairs):
     checks = []
     for text, document in pairs:
         function = function_of(document)
+        name = function.__name__
         results = [(argument, repr(function(argument))) for argument in arguments(document)
-                   if f"({argument})\n" not in document]
-        checks.append(f">>> check({text!r}, {function.__name__!r}, {results})\nTrue\n")
+                   if f">>> {name}({argument})\n" not in document]
+        checks.append(f">>> check({text!r}, {name!r}, {results})\nTrue\n")
 
     def run(checks):
         passed = sandbox.run(CHECKER, "checker", dict(enumerate(checks)), 1 + len(checks), each=0.5).passed
