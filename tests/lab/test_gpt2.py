@@ -58,7 +58,7 @@ def write(weights, path):
 @pytest.mark.parametrize("name, in_folder, prefix", [
     ("pytorch_model.bin", False, ""), ("model.safetensors", True, ""),
     ("model.safetensors", False, "transformer.")])  # as transformers' GPT2LMHeadModel.state_dict() has it
-def test_published_weights_are_in_their_places(name, in_folder, prefix, published, tmp_path):
+def test_weights_come_in_at_their_places_and_go_out_again(name, in_folder, prefix, published, tmp_path):
     """The sentinels, which are not published, have the mean of the embeddings. (That the model then computes
     GPT-2's formulas is checked in tests/test_model.py.)"""
     weights = {prefix + key: w for key, w in published.items()}
@@ -73,6 +73,10 @@ def test_published_weights_are_in_their_places(name, in_folder, prefix, publishe
     for key in published.keys() - {"wte.weight", *(f"h.{i}.attn.bias" for i in range(L))}:
         is_matrix = re.search(r"c_\w+\.weight", key)  # whose rows are the inputs: x @ w
         assert torch.equal(found[f"transformer.{key}"], published[key].T if is_matrix else published[key])
+    save_gpt2(model, Tokenizer.bytes(), tmp_path / "out")
+    again = load_gpt2(tmp_path / "out")["model"]
+    assert again.keys() == found.keys() and all(torch.equal(w, again[key]) for key, w in found.items())
+    assert torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True).keys() == found.keys()
 
 
 def test_training_goes_on_from_published_weights(published, tmp_path, documents):
@@ -94,8 +98,14 @@ def test_training_goes_on_from_published_weights(published, tmp_path, documents)
     ("pytorch_model.bin", {"wte.weight": torch.zeros(300, C)}, "300 tokens, width 128, .* 257 tokens"),
     ("pytorch_model.bin", {"wte.weight": torch.zeros(V, 2)}, "257 tokens, width 2, .* 64 channels per head"),
     ("model.safetensors", {"lm_head.weight": torch.zeros(V, C)}, "tied False; .* a tied output layer"),
-    ("config.json", b"[]", "config.json: not a JSON object of settings")])
-def test_other_files_are_refused_in_one_sentence(name, content, message, published, tmp_path):
+    ("config.json", b"[]", "config.json: not a JSON object of settings"),
+    *[("config.json", json.dumps({"n_inner": None, key: value}).encode(),
+       f"config.json: {key} is {json.dumps(value)}, expected {expected}") for key, value, expected in (
+        ("n_head", "2", "2"), ("n_inner", 100, "512"), ("model_type", "t5", '"gpt2"'),
+        ("activation_function", "relu", '"gelu_new"'), ("layer_norm_epsilon", 1e-6, "1e-05"),
+        ("tie_word_embeddings", False, "true"), ("scale_attn_by_inverse_layer_idx", True, "false"))]])
+def test_what_is_not_gpt2s_is_refused_in_one_sentence(name, content, message, published, tmp_path):
+    """A config.json is read if it lies beside the weights; null is no value."""
     path = tmp_path / name
     if isinstance(content, dict):
         write(published | content, path)
@@ -105,30 +115,6 @@ def test_other_files_are_refused_in_one_sentence(name, content, message, publish
         path = write(published, tmp_path / "model.safetensors")
     with pytest.raises(OSError, match=message):
         load_gpt2(path)
-
-
-@pytest.mark.parametrize("key, value, expected", [
-    ("n_head", "2", "2"), ("n_inner", 100, "512"), ("model_type", "t5", '"gpt2"'),
-    ("activation_function", "relu", '"gelu_new"'), ("layer_norm_epsilon", 1e-6, "1e-05"),
-    ("tie_word_embeddings", False, "true"), ("scale_attn_by_inverse_layer_idx", True, "false")])
-def test_a_config_that_differs_from_gpt2_is_refused_by_name(key, value, expected, published, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"n_inner": None, key: value}))
-    message = f"config.json: {key} is {json.dumps(value)}, expected {expected}"
-    with pytest.raises(OSError, match=re.escape(message)):
-        load_gpt2(write(published, tmp_path / "model.safetensors"))
-
-
-def test_weights_go_out_as_they_came_in(published, tmp_path):
-    start = load_gpt2(write(published, tmp_path / "model.safetensors"))
-    model = GPT(GPTConfig(**start["model_config"]))
-    model.load_state_dict(start["model"])
-    save_gpt2(model, Tokenizer.bytes(), tmp_path / "out")
-    twice = load_gpt2(tmp_path / "out")["model"]
-    assert all(torch.equal(w, twice[name]) for name, w in start["model"].items())
-    again = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
-    published = {name: w for name, w in published.items() if ".attn.bias" not in name}
-    assert again.keys() == {"lm_head.weight", *(f"transformer.{name}" for name in published)}
-    assert all(torch.equal(again[f"transformer.{name}"][:len(w)], w) for name, w in published.items())
 
 
 def test_a_tokenizer_json_worked_by_hand():
