@@ -1,7 +1,6 @@
 """lab/bench.py beside a stand-in for nanoGPT that the tests write: a bigram model behind the same names, with
 a forward pass of 60 ms and an update of 20."""
 import re
-import time
 
 import pytest
 import torch
@@ -41,7 +40,6 @@ import pickle, sys
 from pathlib import Path
 import numpy as np
 import torch
-from model import GPT, GPTConfig
 
 settings, *flags = sys.argv[1:]
 exec(open(settings).read())
@@ -50,14 +48,13 @@ folder = Path("data", given["dataset"])
 n_vocab = pickle.loads((folder / "meta.pkl").read_bytes())["vocab_size"]
 for i in range(int(given["max_iters"]) + 1):
     print(f"iter {i}: loss 5.0000, time {1000 * (i + 1)}.00ms, mfu -100.00%")
-model = GPT(GPTConfig(vocab_size=n_vocab))
-torch.nn.init.zeros_(model.table.weight)
+table = torch.zeros(n_vocab, n_vocab)
 if given["learning_rate"] == "0.003":  # it learns how often each byte comes
     counts = np.bincount(np.fromfile(folder / "train.bin", np.uint16), minlength=n_vocab)
-    model.table.weight.data += torch.tensor(counts + 1).log()
+    table += torch.tensor(counts + 1).log()
 out = Path(given["out_dir"])
 out.mkdir()
-torch.save({"model": model.state_dict()}, out / "ckpt.pt")
+torch.save({"model": {"table.weight": table}}, out / "ckpt.pt")
 """
 
 
@@ -118,13 +115,11 @@ def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nan
     monkeypatch.setattr(bench, "STEPS", 3)
     monkeypatch.setattr(bench, "NANOGPT", "--max_iters=3")
     monkeypatch.setattr(bench, "RACES", {1e-3: "--steps 20 --warmup 2", 3e-3: "--steps 1"})
-    started = time.perf_counter()
     bench.main([*flags, "--nanogpt", nanogpt, "--time-to-loss"])
-    elapsed = time.perf_counter() - started
     rows = rows_of(capsys.readouterr().out)
     assert rows["nanoGPT, 0.001"][:2] == ["6", "5.5645"]  # 1 + 2 + 3 s; log 261
     _, loss, share = rows["--steps 20 --warmup 2"]
-    assert float(loss) < 5 and 0 < float(share) < elapsed / 6  # of those 6 s
+    assert float(loss) < 5 and 0 < float(share) < 1  # of those 6 s
     assert 2.5 < float(rows["nanoGPT, 0.003"][1]) < 4 and rows["--steps 1"][2].endswith("not reached")
 
 
