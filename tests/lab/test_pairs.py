@@ -15,9 +15,8 @@ from lab.pairs import PairBatches, prepare_pairs, read_pairs
 from objectives import IGNORE, meap_sft, sft
 
 
-def test_programs_are_pairs_of_docstring_and_body_on_their_own_sides(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    training, held_out = pairs.load_pairs("programs:300")
+def test_programs_are_pairs_of_docstring_and_body_on_their_own_sides(tmp_path):
+    training, held_out = pairs.load_pairs("programs:300", tmp_path)
     texts = [prompt + answer for prompt, answer in training + held_out]
     assert sorted(texts) == sorted(documents_of("programs", 300, seed=0))
     assert all(prompt.endswith('    """\n') and "return" in answer for prompt, answer in training)
@@ -83,20 +82,17 @@ def test_rows_are_pure_and_their_masks_are_drawn_afresh(text_pairs, tok):
     assert plain[0] == plain[1] and masks[0] != masks[1]
 
 
-RECORDS = [({"prompt": "p", "answer": "a"}, [("p", "a")]),
-           ({"instruction": "Add.", "input": "1 2", "output": "3"}, [("Add.\n\n1 2", "3")]),
-           ({"instruction": "Hi", "input": "", "output": "Ho"}, [("Hi", "Ho")]),
-           ({"instruction": "Hi", "output": "Ho"}, [("Hi", "Ho")]),
-           ({"conversations": [{"from": who, "value": text} for who, text in
-                               (("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]},
-            [("q", "a"), ("q\n\na\n\nr", "b")])]
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json"])
-def test_each_form_of_record_gives_its_pairs(ending, tmp_path):
-    path, records = tmp_path / f"pairs{ending}", [record for record, _ in RECORDS]
-    path.write_text(json.dumps(records) if ending == ".json" else "\n".join(map(json.dumps, records)))
-    assert list(read_pairs(path)) == [pair for _, expected in RECORDS for pair in expected]
+@pytest.mark.parametrize("record, expected", [
+    ({"prompt": "p", "answer": "a"}, [("p", "a")]),
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, [("Add.\n\n1 2", "3")]),
+    ({"instruction": "Hi", "input": "", "output": "Ho"}, [("Hi", "Ho")]),
+    ({"instruction": "Hi", "output": "Ho"}, [("Hi", "Ho")]),
+    ({"conversations": [{"from": who, "value": text} for who, text in
+                        (("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"))]},
+     [("q", "a"), ("q\n\na\n\nr", "b")])])
+def test_each_form_of_record_gives_its_pairs(record, expected, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record))
+    assert list(read_pairs(tmp_path / "pairs.jsonl")) == expected
 
 
 def test_held_out_rows_are_plain_whatever_the_objective(tmp_path):
@@ -110,14 +106,13 @@ def test_held_out_rows_are_plain_whatever_the_objective(tmp_path):
     shown = "".join(tok.decode(inputs[targets != IGNORE].tolist()) for inputs, targets in rows(100))
     n_held_out = sum((inputs == tok.mid).sum() for inputs, _ in rows(100))
     assert 5 < n_held_out == 400 - len(batches.stream) < 40 and shown.startswith("ten ")
-    assert len(list(rows(2))) == 2 and not any(tok.mask in inputs for inputs, _ in rows(100))
+    assert len(list(rows(2))) == 2
 
 
 @pytest.mark.parametrize("name, text, message", [
     ("a.jsonl", '{"prompt": "p", "answer": "a"}\n{"prompt": "p"', "line 2 is not JSON"),
     ("a.jsonl", '\n{"prompt": "p"}', "line 2 is no pair"), ("a.jsonl", "[1]", "line 1 is no pair"),
     ("a.jsonl", '{"prompt": 1, "answer": "a"}', "line 1 is no pair"), ("a.json", "5", "record 1 is no pair"),
-    ("a.jsonl", '{"conversations": [{"value": "q"}, {"from": "gpt", "value": 3}]}', "line 1 is no pair"),
     ("a.jsonl", '{"prompt": "p", "answer": " "}', "no pairs to train on"),
     ("a.txt", "hello", "is no .jsonl or .json"),
     ("a.jsonl", json.dumps({"prompt": "p", "answer": "a" * 40}), "--block-size 64: expected one whose half")])
