@@ -1,6 +1,5 @@
 """Each score against a value found another way; an oracle that knows the answers and a blind model to which
 all tokens are equally likely; the sandbox; the figures; and the files that a user may hand in."""
-import itertools
 import json
 import math
 from functools import partial
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import as_stream, run_main, save_run, small_model
 from lab import attention, evaluate, sandbox, tasks
@@ -52,14 +50,11 @@ def infilling(tok, holes):
     return Oracle(tok, [(fim_prompt(p, s, tok, "spm", "joint"), [*m, tok.eot]) for p, m, s in holes])
 
 
-def means(figures):
-    return {name: f["mean"] for name, f in figures.items()}
-
-
-def asked(tok, order=None, **settings):
-    """What main gives a task: a model that infills in this order, in the joint layout."""
+def measured(task, model, tok, order=None, **settings):
+    """A task's {name: mean}, of a model that infills in this order, in the joint layout."""
     layouts = {order.upper(): partial(fim_prompt, tok=tok, order=order, spm_layout="joint")} if order else {}
-    return SimpleNamespace(**{"layouts": layouts, "seed": 1, "n": 1, "temperature": 0.0} | settings)
+    a = SimpleNamespace(**{"layouts": layouts, "seed": 1, "n": 1, "temperature": 0.0} | settings)
+    return {name: f["mean"] for name, f in task(model, tok, a).items()}
 
 
 def test_a_figure_worked_by_hand():
@@ -99,7 +94,7 @@ def test_score_gives_each_token_what_the_model_gives_it_alone(model, stream):
     for (prompt, continuation), s in zip(pairs, evaluate.score(model, pairs, watch=7)):
         prompt = prompt[-(65 - len(continuation)):]  # cut on its left, where the context does not hold it
         logits, _ = model(torch.tensor([(prompt + continuation)[:-1]]))
-        log_p = F.log_softmax(logits[0, len(prompt) - 1:].detach(), dim=-1)
+        log_p = logits[0, len(prompt) - 1:].detach().log_softmax(-1)
         np.testing.assert_allclose(s.log_p, log_p[range(len(continuation)), continuation], atol=1e-4)
         np.testing.assert_allclose(s.watched, log_p[:, 7], atol=1e-4)
         assert s.likeliest.tolist() == log_p.argmax(-1).tolist()
@@ -109,11 +104,11 @@ def test_score_gives_each_token_what_the_model_gives_it_alone(model, stream):
 
 def test_continuations_are_those_of_a_loop_without_a_cache(model, tok):
     prompts = [list(range(start, start + n)) for start, n in enumerate((3, 9, 3, 20, 9))]
-    for prompt, samples in zip(prompts, evaluate.continuations(model, tok, prompts, 12)):
+    for prompt, samples in zip(prompts, evaluate.continuations(model, tok, prompts, 12, n=2)):
         ids = list(prompt)
         while len(ids) < len(prompt) + 12 and ids[-1] != tok.eot:
             ids.append(int(model(torch.tensor([ids]))[0][0, -1, :tok.eot + 1].argmax()))
-        assert samples[0][0] == ids[len(prompt):]
+        assert [new for new, _ in samples] == [ids[len(prompt):]] * 2
 
 
 @pytest.mark.parametrize("order", ["psm", "spm"])
@@ -127,9 +122,9 @@ def test_middle_bits_per_byte_are_the_cost_of_the_middle_in_the_training_layout(
                             torch.tensor([[IGNORE] * (len(ids) - len(middle)) + middle]))
             nats[name] += loss.item() * len(middle)
     size = sum(len(tok.decode_bytes(middle)) for _, middle, _ in cuts)
-    figures = evaluate.middle_bpb(model, tok, asked(tok, order, stream=stream, limit=6, seed=2))
-    assert means(figures) == pytest.approx({f"middle, {name}": cost / math.log(2) / size
-                                            for name, cost in nats.items()}, rel=1e-4)
+    figures = measured(evaluate.middle_bpb, model, tok, order, stream=stream, limit=6, seed=2)
+    assert figures == pytest.approx({f"middle, {name}": cost / math.log(2) / size
+                                     for name, cost in nats.items()}, rel=1e-4)
 
 
 def test_holes_lie_in_a_document_and_between_two_line_starts_if_asked(documents, tok, stream):
@@ -150,24 +145,24 @@ def test_an_oracle_stops_where_the_middle_ends_and_a_blind_model_by_chance(tok, 
              for hole in tasks.random_span_holes(stream, tok, 6, 1, 120, span)]
     chance = 1 / tok.n_vocab
     for model, at_end, elsewhere in ((infilling(tok, holes), 1, 0), (Oracle(tok), chance, chance)):
-        figures = means(evaluate.stopping(model, tok, asked(tok, "spm", stream=stream, limit=6)))
+        figures = measured(evaluate.stopping, model, tok, "spm", stream=stream, limit=6)
         assert len(figures) == 8
         for name, value in figures.items():  # the oracle does not know holes with another suffix
             expected = at_end if name.endswith("end") else elsewhere if "elsewhere" in name else chance
             assert value == pytest.approx(expected, abs=1e-9), name
 
 
-@pytest.mark.parametrize("name", ["needle", "records", "chains"])
-def test_an_oracle_recalls_everything_and_a_blind_model_nothing(name, tok, stream):
-    questions = (tasks.needle_prompts(512, tok, stream, 20, 1) if name == "needle" else
-                 tasks.record_questions(name, 512, tok, 10, 1))
+@pytest.mark.parametrize("task", [evaluate.needle, evaluate.records])
+def test_an_oracle_recalls_everything_and_a_blind_model_nothing(task, tok, stream):
+    questions = (tasks.needle_prompts(512, tok, stream, 20, 1) if task is evaluate.needle else
+                 sum((tasks.record_questions(name, 512, tok, 10, 1) for name in ("records", "chains")), []))
     assert len(questions) >= 10 and all(len(prompt) <= 500 for _, prompt, _ in questions)
     answers = [(prompt, tok.encode(answer)) for _, prompt, answer in questions]
     blind_bits = np.mean([len(answer) for _, answer in answers]) * math.log2(tok.n_vocab)
     for model, recalled, bits in ((Oracle(tok, answers), 1, 0), (Oracle(tok), 0, blind_bits)):
-        figures = means(evaluate.recall(model, tok, questions, "{0}", "{1}"))
+        figures = measured(task, model, tok, stream=stream, limit=10)
         assert figures.pop("the answer") == pytest.approx(bits, abs=1e-6)
-        assert len(figures) > 2 and set(figures.values()) == {recalled}
+        assert len(figures) > 4 and set(figures.values()) == {recalled}
 
 
 def test_a_needle_lies_at_the_line_end_nearest_to_its_depth(tok, stream):
@@ -186,7 +181,7 @@ def test_an_oracle_fills_programs_rightly_where_it_sees_their_own_suffix(tok):
         rng = np.random.default_rng(1)
         drawn = [hole(text, kind, rng) for text in held_out_programs(4, seed=1)]
         holes += [map(tok.encode, parts) for parts in drawn if parts]
-    passed = means(evaluate.programs(infilling(tok, holes), tok, asked(tok, "spm", limit=4, n=2)))
+    passed = measured(evaluate.programs, infilling(tok, holes), tok, "spm", limit=4, n=2)
     own = {name: value for name, value in passed.items() if ", SPM" in name and "another's" not in name}
     others = [value for name, value in passed.items() if name not in own]
     assert set(own.values()) == {1} and np.mean(others) < 0.2
@@ -200,11 +195,11 @@ PROBLEM = {"task_id": "SingleLineInfilling/HumanEval/0/L0", "prompt": "def f(x):
 def test_an_oracle_fills_public_problems_and_the_benchmark_gets_its_samples(tok, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(PROBLEM))
     hole = [tok.encode(PROBLEM[name]) for name in ("prompt", "canonical_solution", "suffix")]
-    a = asked(tok, "spm", problems=tasks.read_problems(tmp_path / "p.jsonl"), out=tmp_path, name="run")
-    assert means(evaluate.infill(infilling(tok, [hole]), tok, a)) == {"exact match, SPM": 1}
+    a = {"problems": tasks.read_problems(tmp_path / "p.jsonl"), "out": tmp_path, "name": "run"}
+    assert measured(evaluate.infill, infilling(tok, [hole]), tok, "spm", **a) == {"exact match, SPM": 1}
     assert json.loads((tmp_path / "samples-run-spm.jsonl").read_text()) == {
         "task_id": PROBLEM["task_id"], "completion": PROBLEM["canonical_solution"]}
-    assert means(evaluate.infill(Oracle(tok), tok, a)) == {"exact match, SPM": 0}
+    assert measured(evaluate.infill, Oracle(tok), tok, "spm", **a) == {"exact match, SPM": 0}
 
 
 @pytest.mark.parametrize("answer, is_right", [
@@ -217,8 +212,9 @@ def test_lost_in_the_middle_is_prompted_and_judged_as_by_its_authors(answer, is_
               "(some of which might be irrelevant).\n\nDocument [1](Title: a) b\nDocument [2](Title: c) d\n\n"
               "Question: Who?\nAnswer:")
     oracle = Oracle(tok, [(tok.encode(prompt), [*tok.encode(answer), tok.eot])])
-    a = asked(tok, documents=tasks.read_documents(tmp_path / "d.json"))
-    assert means(evaluate.multidoc(oracle, tok, a)) == {"fits the context": 0.5, "right": is_right}
+    documents = tasks.read_documents(tmp_path / "d.json")
+    assert measured(evaluate.multidoc, oracle, tok, documents=documents) == {
+        "fits the context": 0.5, "right": is_right}
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -233,8 +229,7 @@ def test_a_mistake_is_one_line_before_any_work(arguments, message, model, tok, t
         save_run(tmp_path / name, model, tok, steps=steps)
     record = PROBLEM | {"question": "", "ctxs": [], "answers": [1]}  # an answer is a text
     (tmp_path / "list.jsonl").write_text(json.dumps(record) + "\n[1]")
-    shown = run_main(evaluate.main, capsys, *([] if "tasks" in arguments else ["--tasks", "bpb"]),
-                     *([] if "ckpt" in arguments else ["--ckpt", "run"]), *arguments.split())
+    shown = run_main(evaluate.main, capsys, *f"--tasks bpb --ckpt run {arguments}".split())
     assert shown.code in (1, 2) and message in shown.err  # in one line: see run_main
 
 
@@ -242,7 +237,7 @@ def test_attention_received_is_a_mean_over_heads_and_the_queries_that_see_a_posi
     model.config.attention, rows = "fused", torch.randint(200, (3, 10))
     att, weights = attention.received(model, rows.numpy()), attention.weights(model, rows)
     assert model.config.attention == "fused" and weights.shape == (3, 2, 2, 10, 10)
-    for n, j in itertools.product(range(3), range(10)):
+    for n, j in np.ndindex(3, 10):
         expected = np.mean([weights[n, :, :, i, j].mean() * (i + 1) for i in range(j, 10)])
         assert att[n, j] == pytest.approx(expected, rel=1e-4)
 
@@ -262,8 +257,8 @@ def test_a_model_that_looks_everywhere_alike_has_no_decay_and_shares_by_length(t
     lengths = np.array([len(tok.encode(text)) for text in segments])
     shares = attention.shares(even, tok, segments).mean(0)
     np.testing.assert_allclose(shares, lengths / sum(lengths), rtol=1e-4)
-    a = asked(tok, stream=stream, limit=16, reference=even, reference_tok=tok)
-    figures = means(evaluate.attention(even, tok, a))
+    settings = {"stream": stream, "limit": 16, "reference": even, "reference_tok": tok}
+    figures = measured(evaluate.attention, even, tok, **settings)
     assert figures["decay of attention to masked positions"] == pytest.approx(0, abs=1e-5)
 
 
