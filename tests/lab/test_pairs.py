@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from data import Tokenizer
-from lab import pairs
-from lab.corpora import documents as documents_of
-from lab.corpora import key
+from lab import corpora, pairs
 from lab.pairs import PairBatches, prepare_pairs, read_pairs
 from objectives import IGNORE, meap_sft, sft
 
@@ -18,9 +16,10 @@ from objectives import IGNORE, meap_sft, sft
 def test_programs_are_pairs_of_docstring_and_body_on_their_own_sides(tmp_path):
     training, held_out = pairs.load_pairs("programs:300", tmp_path)
     texts = [prompt + answer for prompt, answer in training + held_out]
-    assert sorted(texts) == sorted(documents_of("programs", 300, seed=0))
+    assert sorted(texts) == sorted(corpora.documents("programs", 300, seed=0))
     assert all(prompt.endswith('    """\n') and "return" in answer for prompt, answer in training)
-    assert held_out and not {key("".join(p)) for p in held_out} & {key("".join(p)) for p in training}
+    seen, kept = ({corpora.key("".join(pair)) for pair in side} for side in (training, held_out))
+    assert kept and not kept & seen
 
 
 def test_two_pairs_in_a_row_worked_by_hand():
@@ -44,24 +43,20 @@ def text_pairs(documents):
 def test_an_epoch_shows_each_pair_once_whole_and_its_answer_as_targets(objective, T, text_pairs, tok):
     """In rows that are nearly full."""
     batches = PairBatches(text_pairs, objective, tok, T, 1, seed=3)
-    seen, n_targets, n_masks, n_filled = [], 0, 0, 0
-    for i in range(batches.n_windows):
-        inputs, targets = batches.row(i)
-        # a brute-force reading: an example ends with each <EOT>; a copy has masks
-        for part in "".join(map(chr, inputs)).split(chr(tok.eot)):
-            if chr(tok.mid) in part and chr(tok.mask) not in part:
-                seen.append(tuple([*map(ord, side)] for side in part.split(chr(tok.mid))))
-        n_targets += (targets != IGNORE).sum()
-        n_masks += (inputs == tok.mask).sum()
-        n_filled += np.flatnonzero(inputs != tok.eot)[-1] + 2
+    inputs, targets = map(np.stack, zip(*map(batches.row, range(batches.n_windows))))  # (rows, T)
+    # a brute-force reading: an example ends with each <EOT>; a copy has masks
+    parts = [part for row in inputs for part in "".join(map(chr, row)).split(chr(tok.eot))]
+    seen = [tuple([*map(ord, side)] for side in part.split(chr(tok.mid)))
+            for part in parts if chr(tok.mid) in part and chr(tok.mask) not in part]
+    n_masks = (inputs == tok.mask).sum()
     fitting = [(prompt, answer) for prompt, answer in (map(tok.encode, pair) for pair in text_pairs)
                if len(answer) + 2 <= T // 2]
     cut = [(prompt[max(0, len(prompt) - (T // 2 - 2 - len(answer))):], answer) for prompt, answer in fitting]
     assert sorted(seen) == sorted(cut)
     copied = [len(prompt) + len(answer) for prompt, answer in cut if len(answer) > 50]
     assert n_masks == (sum(int(0.1 * n) for n in copied) if objective is meap_sft else 0)
-    assert n_targets == sum(len(answer) + 1 for _, answer in cut) + n_masks
-    assert n_filled > 0.94 * batches.n_windows * T
+    assert (targets != IGNORE).sum() == sum(len(answer) + 1 for _, answer in cut) + n_masks
+    assert sum(np.flatnonzero(row != tok.eot)[-1] + 2 for row in inputs) > 0.94 * inputs.size
 
 
 def test_the_header_says_how_many_are_left_out():
