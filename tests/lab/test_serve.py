@@ -21,14 +21,10 @@ POST = b"POST /infill HTTP/1.1\r\nHost: localhost\r\n"
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, tok):
-    return save_run(tmp_path_factory.mktemp("runs") / "tiny", small_model(tok.n_vocab, T), tok, "fim_spm")
-
-
-@pytest.fixture(scope="module")
-def server(run_folder):
+def server(tmp_path_factory, tok):
     """The server of a run, at a free port, in a thread."""
-    with serve.Server("127.0.0.1", 0, run_folder, "cpu") as server, ThreadPoolExecutor(1) as threads:
+    run = save_run(tmp_path_factory.mktemp("runs") / "tiny", small_model(tok.n_vocab, T), tok, "fim_spm")
+    with serve.Server("127.0.0.1", 0, run, "cpu") as server, ThreadPoolExecutor(1) as threads:
         threads.submit(server.serve_forever, poll_interval=0.01)
         yield server
         server.shutdown()
@@ -249,17 +245,14 @@ def test_long_texts_are_trimmed_to_the_hole(server, documents):
     assert completions(server, {"prompt": "x" * 10**6, "max_tokens": 1})
 
 
-BAD = [
-    ("", "no JSON"), (b"\xff", "no JSON"), ("[" * 10**5, "no JSON"), ("[1]", "no JSON object"),
-    ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"prompt": [1]}, "prompt 1: expected"),
-    ({"input_suffix": {"a": "b" * 1000}}, "bbb: expected a text"), ({"stop": [None]}, "stop [null]:"),
-    ({"n_predict": True}, "n_predict true: expected a whole number"), ({"n_predict": 1.5}, "n_predict 1.5"),
-    ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p -1"),
-    ('{"temperature": NaN}', "temperature NaN: expected 0 to 100"), ({"stream": True}, "stream true:")]
-
-
 @pytest.mark.parametrize("status, path, body, message", [
-    *[(400, "/infill", *bad) for bad in BAD],
+    *[(400, "/infill", *bad) for bad in (
+        ("", "no JSON"), (b"\xff", "no JSON"), ("[" * 10**5, "no JSON"), ("[1]", "no JSON object"),
+        ({"prompt": ["a", "b"]}, 'prompt ["a","b"]: expected a text'), ({"prompt": [1]}, "prompt 1:"),
+        ({"input_suffix": {"a": "b" * 1000}}, "bbb: expected a text"), ({"stop": [None]}, "stop [null]:"),
+        ({"n_predict": True}, "true: expected a whole number"), ({"n_predict": 1.5}, "n_predict 1.5"),
+        ({"n_cmpl": 99}, "n_cmpl 99: expected 1 to 16"), ({"seed": 2**70}, "seed"), ({"top_p": -1}, "top_p"),
+        ('{"temperature": NaN}', "temperature NaN: expected 0 to 100"), ({"stream": True}, "stream true:"))],
     (400, "/v1/completions", {"stream": True, "n": 2}, "expected false, but for one completion"),
     (404, "/v1/chat/completions", {}, "or GET /health"), (413, "/infill", bytes(serve.LARGEST + 1), "Length"),
     (404, "/infill", None, "or POST /infill"), (404, "/" + "x" * 1000, None, "xxx: expected")])
@@ -312,13 +305,10 @@ def test_a_model_that_saw_no_gap_continues_and_refuses_holes(server, monkeypatch
     assert got.status == 400 and "not trained to infill" in got.content["error"]["message"]
 
 
-def test_a_port_that_is_taken_is_refused_in_one_line(server, run_folder, capsys):
-    port = str(server.server_port)
-    shown = run_main(serve.main, capsys, "--ckpt", str(run_folder), "--port", port, "--device", "cpu")
-    assert shown.code == 1 and f"--port {port}: cannot listen there" in shown.err
-
-
-def test_the_command_says_where_it_serves(run_folder, capsys, monkeypatch):
+def test_the_command_says_where_it_serves_and_that_a_port_is_taken(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serve.Server, "serve_forever", lambda server: print(*server.server_address))
-    serve.main(["--ckpt", str(run_folder), "--port", "0", "--device", "cpu"])
-    assert re.fullmatch(r"tiny at http://127.0.0.1:(\d+) .*\n127.0.0.1 \1\n", capsys.readouterr().out)
+    run, port = save_run(tmp_path / "mine", server.model, server.tok), str(server.server_port)
+    free, taken = (run_main(serve.main, capsys, "--ckpt", str(run), "--port", at, "--device", "cpu")
+                   for at in ("0", port))
+    assert re.fullmatch(r"mine at http://127.0.0.1:(\d+) .*\n127.0.0.1 \1\n", free.out)
+    assert taken.code == 1 and f"--port {port}: cannot listen there" in taken.err
