@@ -10,8 +10,7 @@ import torch
 import train
 from conftest import run_main, save_run, small_model
 from data import Tokenizer
-from lab import gpt2
-from lab.gpt2 import load_gpt2, save_gpt2, tokenizer_json
+from lab.gpt2 import load_gpt2, main, save_gpt2, tokenizer_json
 from model import GPT, GPTConfig
 from objectives import fim_prompt
 from sample import encode_raw, infill, load_model
@@ -128,18 +127,6 @@ def test_a_tokenizer_json_worked_by_hand():
     assert added == [(260, "<EOT>"), (261, "<PRE>"), (262, "<SUF>"), (263, "<MID>"), (264, "<MASK>")]
 
 
-def random_strings(n):
-    """Code, languages, emoji, spaces, control characters, sentinels' names, and any character at all."""
-    rng = random.Random(1)
-    parts = ["def f(x):\n    return x_1", "    ", "\t", "\r\n", "\n\n", " ", "\u3000", "don't", "1234567",
-             "Größe", "Ελλάδα", "שלום", "你好", "🏳\ufe0f\u200d🌈", "Ⅷ", "\0", "\x7f", "\ufeff", "_", "-->",
-             "<EOT>", "<MASK>", "<"]
-    for _ in range(n):
-        yield "".join(rng.choice(parts) if rng.random() < 0.8 else
-                      chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))))
-                      for _ in range(rng.randrange(12)))
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_gives_the_same_logits_ids_and_infill(tied, tok, tmp_path):
     transformers = pytest.importorskip("transformers")
@@ -152,7 +139,15 @@ def test_transformers_gives_the_same_logits_ids_and_infill(tied, tok, tmp_path):
         torch.testing.assert_close(model(idx)[0], theirs(idx).logits, atol=1e-4, rtol=1e-4)
 
     encoder = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in random_strings(10_000):
+    # code, languages, emoji, spaces, control characters, sentinels' names, and any character at all
+    rng = random.Random(1)
+    parts = ["def f(x):\n    return x_1", "    ", "\t", "\r\n", "\n\n", " ", "\u3000", "don't", "1234567",
+             "Größe", "Ελλάδα", "שלום", "你好", "🏳\ufe0f\u200d🌈", "Ⅷ", "\0", "\x7f", "\ufeff", "_", "-->",
+             "<EOT>", "<MASK>", "<"]
+    for _ in range(10_000):
+        text = "".join(rng.choice(parts) if rng.random() < 0.8 else
+                       chr(rng.choice((rng.randrange(0xD800), rng.randrange(0xE000, 0x110000))))
+                       for _ in range(rng.randrange(12)))
         ids = tok.encode(text)
         assert encoder(text, split_special_tokens=True).input_ids == ids and encoder.decode(ids) == text, text
         assert encoder(text).input_ids == encode_raw(text, tok), text
@@ -168,6 +163,6 @@ def test_transformers_gives_the_same_logits_ids_and_infill(tied, tok, tmp_path):
 
 def test_what_gpt2_does_not_cover_is_refused(tok, tmp_path, capsys):
     run = save_run(tmp_path / "run", small_model(tok.n_vocab), tok)
-    shown = run_main(gpt2.main, capsys, str(run), str(tmp_path / "out"))
+    shown = run_main(main, capsys, str(run), str(tmp_path / "out"))
     assert shown.code == 2 and "expected a model of GPT-2's architecture" in shown.err
     assert not (tmp_path / "out").exists()
