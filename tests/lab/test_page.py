@@ -13,7 +13,6 @@ import objectives
 from conftest import run_main, save_run, small_model
 from data import Tokenizer
 from lab import attention, page
-from lab.page import infill_row, objective_rows, some_holes
 from objectives import IGNORE, OBJECTIVES, TEXT, fim_example, fim_prompt, rows_of_every_objective
 from sample import load_model
 
@@ -28,7 +27,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         text = path.read_text("utf-8")
-        data = re.fullmatch(r'(?s)<!DOCTYPE html>.* id="data".*?>([^<]*)</script>.*', text)[1]
+        data = re.fullmatch(r'(?s)<!DOCTYPE html>.* id="data"[^>]*>([^<]*)</script>.*', text)[1]
         assert not re.search(r"\b(src|href|srcset)\b|url\(|@import|fetch|https?:", text.replace(data, ""))
         self.rows, self.open, self.ids = json.loads(data), [], []
         self.feed(text)
@@ -47,7 +46,7 @@ class Page(HTMLParser):
 def rows(request, tok):
     """(text, tokenizer, {name: (its tokens on the page, inputs, targets of a plain run)}) for a seed."""
     text, tok = (TEXT, tok) if request.param % 2 else (UNIQUE, Tokenizer.bytes())
-    on_page = {row["name"]: row["tokens"] for row in objective_rows(text, tok, seed=request.param)}
+    on_page = {row["name"]: row["tokens"] for row in page.objective_rows(text, tok, seed=request.param)}
     return text, tok, {name: (on_page[name], inputs, targets) for name, _, inputs, targets in
                        rows_of_every_objective(text, tok, seed=request.param)}
 
@@ -85,7 +84,7 @@ def test_the_parts_are_those_of_the_example_and_follow_each_other_in_the_text(ro
 def test_an_objective_of_ones_own_may_put_in_any_tokens(tok, monkeypatch):
     noise = np.array([tok.mask, 65]), np.full(2, IGNORE)
     monkeypatch.setitem(OBJECTIVES, "noise", lambda ids, tok, rng: noise)
-    tokens = objective_rows(TEXT, tok)[-1]["tokens"]
+    tokens = page.objective_rows(TEXT, tok)[-1]["tokens"]
     assert [(token["text"], token["part"], token["target"]) for token in tokens] == [
         ("<MASK>", "mask", None), ("A", "text", None)]
 
@@ -118,7 +117,7 @@ def text_of(row, part):
                                                ("spm", "joint")])
 def test_an_infill_with_its_probabilities_and_attention(order, spm_layout, model, tok):
     model.prompt = partial(fim_prompt, tok=tok, order=order, spm_layout=spm_layout)
-    row = infill_row(model, tok, PREFIX, SUFFIX)
+    row = page.infill_row(model, tok, PREFIX, SUFFIX)
     assert [text_of(row, part) for part in ("prefix", "suffix")] == [PREFIX, SUFFIX]
     ids = model.prompt(tok.encode(PREFIX), tok.encode(SUFFIX))
     for n in range(len(row["p"])):  # one token more at each turn: nothing later can be seen
@@ -136,36 +135,32 @@ def test_an_infill_with_its_probabilities_and_attention(order, spm_layout, model
     assert n + 1 == 32 or ids[-1] == tok.eot
 
 
-@pytest.fixture
-def draw(tmp_path, model, tok):
-    """Runs the command with a model of psm -> the page's data."""
-    def call(*arguments, tok=tok):
-        run = save_run(tmp_path / "run", model, tok, "fim_psm")
-        page.main(["infill", str(tmp_path / "page.html"), "--ckpt", str(run), *arguments])
-        return Page(tmp_path / "page.html").rows
-    return call
+def draw(folder, model, tok, *arguments):
+    """Runs the command with a run in PSM order in folder -> the page's data."""
+    run = save_run(folder / "run", model, tok, "fim_psm")
+    page.main(["infill", str(folder / "page.html"), "--ckpt", str(run), *arguments])
+    return Page(folder / "page.html").rows
 
 
 @pytest.mark.parametrize("arguments, shown", [
     (["--prefix", PREFIX, "--suffix", SUFFIX], None), ([], 3), ([], 8)], ids=["typed", "right", "none right"])
-def test_the_command_draws_an_infill_before_its_own_and_another_suffix(arguments, shown, draw, tmp_path,
-                                                                       monkeypatch):
+def test_the_command_draws_an_infill_before_two_suffixes(arguments, shown, model, tok, tmp_path, monkeypatch):
     """Of a typed text, or of the first of eight functions that is filled rightly, else the last."""
-    holes = some_holes(9)
+    holes = page.some_holes(9)
     monkeypatch.setattr(page, "passes", lambda text, document: document == "".join(holes[3]) and shown == 3)
     prefix, suffix = arguments[1::2] or holes[shown][::2]
-    rows = draw(*arguments)
+    rows = draw(tmp_path, model, tok, *arguments)
     model, tok, _ = load_model(tmp_path / "run")
-    assert rows == [infill_row(model, tok, prefix, after) for after in (suffix, holes[0][2])]
+    assert rows == [page.infill_row(model, tok, prefix, after) for after in (suffix, holes[0][2])]
 
 
-def test_any_text_is_harmless_and_visible(draw):
+def test_any_text_is_harmless_and_visible(model, tmp_path):
     """Even with a vocabulary whose tokens are the marks that end a script, or start one that does not end."""
     marks = ["</script>", "<script>", "<!--"]
     tok = Tokenizer([bytes([i]) for i in range(256)] + [mark.encode() for mark in marks],
                     "|".join([*marks, r"[\s\S]"]))
     visible = "</script><script>alert(1)</script><!--<script> ]]>&lt;{{data}}"
-    row, _ = draw("--prefix", visible + "é", "--suffix", visible, tok=tok)
+    row, _ = draw(tmp_path, model, tok, "--prefix", visible + "é", "--suffix", visible)
     assert row["tokens"].count("</script>") == 4
     assert text_of(row, "prefix") == visible + r"\xc3\xa9" and text_of(row, "suffix") == visible
 
