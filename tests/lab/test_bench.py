@@ -68,8 +68,11 @@ def nanogpt(tmp_path):
 
 @pytest.fixture
 def flags(tmp_path, documents, monkeypatch):
-    """Of train.py: a tiny model. Little is measured of it, a few times."""
-    for name, value in {"PRODUCT_SIZE": 128, "TURNS": 3, "SAMPLE_TOKENS": 40}.items():
+    """Of train.py: a tiny model. Little is measured of it, a few times; a race takes few steps."""
+    for name, value in {"PRODUCT_SIZE": 128, "TURNS": 3, "SAMPLE_TOKENS": 40, "STEPS": 3,
+                        "SHAPE": "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2",
+                        "NANOGPT": "--max_iters=3",
+                        "RACES": {1e-3: "--steps 20 --warmup 2", 3e-3: "--steps 1"}}.items():
         monkeypatch.setattr(bench, name, value)
     (tmp_path / "text.txt").write_text("".join(documents[:3]))
     return (f"--data {tmp_path}/text.txt --cache-dir {tmp_path}/cache --tokenizer bytes --n-layer 1 "
@@ -110,11 +113,7 @@ def test_each_variant_is_timed_beside_nanogpt_and_bf16_only_where_it_is_faster(f
     assert share == pytest.approx(100 * flops / (ours / 1e3) / peak, rel=0.1)
 
 
-def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nanogpt, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SHAPE", "--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=2")
-    monkeypatch.setattr(bench, "STEPS", 3)
-    monkeypatch.setattr(bench, "NANOGPT", "--max_iters=3")
-    monkeypatch.setattr(bench, "RACES", {1e-3: "--steps 20 --warmup 2", 3e-3: "--steps 1"})
+def test_time_to_loss_runs_both_and_says_whether_the_loss_was_reached(flags, nanogpt, capsys):
     bench.main([*flags, "--nanogpt", nanogpt, "--time-to-loss"])
     rows = rows_of(capsys.readouterr().out)
     assert rows["nanoGPT, 0.001"][:2] == ["6", "5.5645"]  # 1 + 2 + 3 s; log 261
