@@ -212,9 +212,8 @@ def test_lost_in_the_middle_is_prompted_and_judged_as_by_its_authors(answer, is_
               "(some of which might be irrelevant).\n\nDocument [1](Title: a) b\nDocument [2](Title: c) d\n\n"
               "Question: Who?\nAnswer:")
     oracle = Oracle(tok, [(tok.encode(prompt), [*tok.encode(answer), tok.eot])])
-    documents = tasks.read_documents(tmp_path / "d.json")
-    assert measured(evaluate.multidoc, oracle, tok, documents=documents) == {
-        "fits the context": 0.5, "right": is_right}
+    a = {"documents": tasks.read_documents(tmp_path / "d.json")}
+    assert measured(evaluate.multidoc, oracle, tok, **a) == {"fits the context": 0.5, "right": is_right}
 
 
 @pytest.mark.parametrize("arguments, message", [
