@@ -520,7 +520,7 @@ def draw_repeated_text(axis, r):
         steps, values = r.curve(f"repeat-{arm}", "bits")
         line, = axis.plot(steps, values.mean(0), label=arm)
         axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, lw=0)
-    axis.set(xlabel="steps (40 read the text once)", ylabel="held-out bits per byte", ylim=(2, 4))
+    axis.set(xlabel="steps (40 read the text once)", ylabel="held-out bits per byte", ylim=(3, 4))
 
 
 PICTURES = {"recall": draw_recall, "fim_rate": draw_fim_rate, "reads_the_suffix": draw_reads_the_suffix,
