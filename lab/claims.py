@@ -148,9 +148,10 @@ def context_level(r, arms="markov-fim-0.9 markov-documents"):
 
     On whole documents a window may cut an example: the model then sees a middle without its prompt.
 
-    Where documents are a sixth of the window, the level makes no difference in SPM, and in PSM two models of
-    32 that have not learned hide one. On small programs, which are longer, it does: 28% of the random spans
-    pass in place of 48% (two seeds, results.md)."""
+    Where documents are a sixth of the window, the level makes no difference in SPM. In PSM, two of the 32
+    models at context level have not learned, so the interval is wide. On small programs, which are longer,
+    the level matters: on whole documents 28% of the random spans pass, inside the window 48% (two seeds,
+    results.md)."""
     for kind, text, name in ((more_middle, "middles in PSM", "psm_middle"),
                              (more_middle, "middles in SPM", "spm_middle"),
                              (same_bits, "left to right", "excess")):
